@@ -1,0 +1,158 @@
+"""Every bound of the daemon, in one place: what a client, a disk or a job can make it hold.
+
+Sizes in bytes, times in seconds.
+"""
+
+from __future__ import annotations
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+# --- dirty bitmaps ---------------------------------------------------------------------------
+
+#: Recent writes a node keeps before it folds them into its bitmaps: large enough that folding is
+#: cheap for each write, small enough that one fold stays far below the loop's 20 ms.
+RECENT_WRITES_LIMIT = 1024
+#: Bytes in a bitmap's name (QEMU's limit).
+BITMAP_NAME_BYTES = 1023
+#: A granule: a sector at the least, and what QEMU's 32-bit field can hold at the most.
+BITMAP_GRANULARITY_MIN_BYTES = 512
+BITMAP_GRANULARITY_MAX_BYTES = 2 * GIB
+#: The granularity of a bitmap for which none is asked: the node's cluster size within these.
+BITMAP_DEFAULT_GRANULARITY_MIN_BYTES = 4 * KIB
+BITMAP_DEFAULT_GRANULARITY_MAX_BYTES = 64 * KIB
+#: Granules looked at in one step when listing dirty extents (8 GiB by 64 KiB): some 10 us of work
+#: where little is dirty, 6 ms where every other granule is. A power of two, 64 at the least.
+BITMAP_WINDOW_GRANULES = 128 * KIB
+
+# --- files and devices -----------------------------------------------------------------------
+
+#: Worker threads a file may keep busy: enough to fill a disk's queue, each with its own stack.
+FILE_THREADS = 16
+#: A buffered write inline that takes longer than this means that the kernel made it wait …
+INLINE_WRITE_SLOW_NS = 3_000_000
+#: … and for this long the file's writes go to a thread before one is tried inline again; it
+#: doubles each time that happens again soon.
+INLINE_WRITE_PAUSE_MIN_NS = 10_000_000
+INLINE_WRITE_PAUSE_MAX_NS = 640_000_000
+#: O_DIRECT goes through scratch memory of at most this size for each thread.
+DIRECT_SCRATCH_BYTES = 1 * MIB
+#: Runs that one question for a file's allocation may give.
+ALLOCATION_RUNS_LIMIT = 1024
+
+# --- NBD -------------------------------------------------------------------------------------
+
+#: The largest payload of a request or reply; advertised as the maximum block size.
+NBD_PAYLOAD_BYTES = 32 * MIB
+#: Each connection has one buffer for requests and one for replies; they cost memory once used.
+NBD_RECEIVE_BUFFER_BYTES = 512 * KIB
+NBD_SEND_BUFFER_BYTES = 1 * MIB
+#: With less room than this behind the unread bytes, they are moved to the buffer's front.
+NBD_RECEIVE_ROOM_BYTES = 192 * KIB
+#: Reads and writes up to this size may run inline; larger writes are taken in such pieces.
+NBD_STREAM_BYTES = 256 * KIB
+#: Requests of one connection that run in tasks, and the bytes they may hold together (a single
+#: request of any size may always run).
+NBD_REQUESTS_IN_FLIGHT = 64
+NBD_BYTES_IN_FLIGHT = 64 * MIB
+#: How long one connection may keep the loop before the others get their turn.
+NBD_SLICE_SECONDS = 0.001
+#: Attempts to receive before a connection waits through the event loop (about 50 µs).
+NBD_SPINS_MAX = 128
+#: A client that has not come through its handshake by then is dropped.
+NBD_HANDSHAKE_SECONDS = 10
+#: Connections an NBD server takes when it is not told otherwise.
+NBD_CONNECTIONS = 100
+
+# --- NBD handshake ---------------------------------------------------------------------------
+
+#: The longest string NBD knows (proto.md, "Conventions"): export names, descriptions, messages.
+NBD_STRING_BYTES = 4096
+#: So much of an unknown export's name is repeated to the client, as in QEMU.
+NBD_NAME_SHOWN_BYTES = 80
+#: Data of one option held in memory: room for a longest name and any sensible list after it.
+NBD_OPTION_DATA_BYTES = 64 * KIB
+#: Longer data is read and thrown away, so that the client gets an answer and not a dead
+#: connection, but only up to here; QEMU has the same bound.
+NBD_OPTION_DRAIN_BYTES = 32 * MIB
+#: Options a client may send before it must have chosen an export. Listing clients ask about each
+#: export twice (``qemu-nbd --list``), so this allows for 2000 exports.
+NBD_OPTIONS_LIMIT = 4096
+
+# --- nodes -----------------------------------------------------------------------------------
+
+#: Bytes in a node's name (QEMU's limit).
+NODE_NAME_BYTES = 31
+
+# --- sockets ---------------------------------------------------------------------------------
+
+#: Clients that may wait to be accepted.
+LISTEN_BACKLOG = 128
+#: How long to wait with the next client when accepting one failed for want of descriptors.
+ACCEPT_PAUSE_SECONDS = 0.2
+#: Bytes received at once during an NBD handshake; less than a connection's buffer, which takes
+#: over what came early.
+NBD_HANDSHAKE_BYTES = 64 * KIB
+
+# --- jobs ------------------------------------------------------------------------------------
+
+#: What a job's commit, abort and close may each take. They wait for the guest writes in flight,
+#: which a sick disk can hold for long, and a daemon that ends waits for them.
+JOB_CLEANUP_SECONDS = 30
+#: How long the answer to a cancel waits for the job to conclude: an I/O on a healthy target is
+#: over by then, and a dead target must not hold up the client.
+CANCEL_REPLY_SECONDS = 1
+
+# --- backup ----------------------------------------------------------------------------------
+
+#: The least unit in which a backup copies (specification, section 4).
+BACKUP_CLUSTER_BYTES = 64 * KIB
+#: Old data that one backup keeps in memory on its way to the target, so that guest writes need
+#: not wait for the target; enough for half a second of a target's hiccup at 128 MiB/s.
+HELD_BYTES_LIMIT = 64 * MIB
+#: Tasks that write held data to the target: enough to fill a queue, small beside the data.
+HELD_WRITERS = 8
+#: How long one guest write may wait for room for the old data, that is, for a target which takes
+#: nothing. After that the backup is given up and the guest goes on.
+GUEST_WAIT_FOR_COPY_SECONDS = 10
+#: Clusters whose old data may be read inline before one guest write: some 10 µs each.
+INLINE_SAVE_CLUSTERS = 4
+#: A guest write over at least so many clusters is first asked what in them is a hole.
+HOLE_SEARCH_CLUSTERS = 16
+#: Tasks that copy in the background, and how much each takes at once.
+BACKUP_WORKERS = 4
+BACKUP_CHUNK_BYTES = 1 * MIB
+#: The same while guests write: larger reads make them wait (p99) longer.
+BACKUP_CHUNK_BUSY_BYTES = 256 * KIB
+#: What a thread copies in one hop, where it can, and the same while guests write; and the steps in
+#: which it does so, which stay in the processor's cache.
+BACKUP_SWEEP_BYTES = 4 * MIB
+BACKUP_SWEEP_BUSY_BYTES = 1 * MIB
+BACKUP_STEP_BYTES = 256 * KIB
+#: Guests that have written nothing for so long count as idle.
+BACKUP_GUEST_IDLE_SECONDS = 0.1
+#: How far ahead the source's allocation is asked for, and the longest run of zeroes that is
+#: made at once: a thread may be busy with it for some time, and a cancel waits for it.
+BACKUP_MAP_BYTES = 1 * GIB
+#: Dirty runs that are counted or looked at before others get their turn.
+BACKUP_SCAN_RUNS = 4096
+
+# --- QMP -------------------------------------------------------------------------------------
+
+#: Bytes of one message from a client: far more than any command needs.
+QMP_MESSAGE_BYTES = 128 * KIB
+#: Arrays and objects inside each other; what checks them uses a few frames for each.
+QMP_NESTING_LIMIT = 100
+#: Received from a client at once; finding the ends of messages in it takes 10 ms at worst.
+QMP_RECEIVE_BYTES = 16 * KIB
+#: Replies and events that wait for a client to read them. Above half of it the client's commands
+#: wait too; one that leaves more is dropped.
+QMP_OUTBOX_BYTES = 16 * MIB
+#: How long the daemon's end waits for a client to take its last messages.
+QMP_DRAIN_SECONDS = 2
+
+# --- the end ---------------------------------------------------------------------------------
+
+#: How long the daemon's end waits for jobs, and again for disks, that hang.
+SHUTDOWN_SECONDS = 60

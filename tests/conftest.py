@@ -1,0 +1,22 @@
+"""Fixtures that more than one kind of test uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.daemon import Daemon
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    """A running daemon. It must end in order, unless the test ends it, and log no traceback."""
+    daemon = Daemon(tmp_path)
+    daemon.start()
+    yield daemon
+    status = daemon.terminate() if daemon.running else 0
+    log = daemon.log()
+    assert status == 0, log
+    assert "Traceback" not in log, log
