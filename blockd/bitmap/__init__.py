@@ -1,0 +1,24 @@
+"""Dirty bitmaps: which granules of a node changed since a point in time.
+
+Pure: no clock, no files, no tasks. All calls are plain functions.
+"""
+
+from blockd.bitmap.bitmap import DirtyBitmap, Freeze, Pin
+from blockd.bitmap.bits import Bits
+from blockd.bitmap.node_bitmaps import BitmapInfo, NodeBitmaps, default_granularity_bytes
+from blockd.bitmap.states import Frozen, Pinned, Recording, State, Stopped
+
+__all__ = [
+    "BitmapInfo",
+    "Bits",
+    "DirtyBitmap",
+    "Freeze",
+    "Frozen",
+    "NodeBitmaps",
+    "Pin",
+    "Pinned",
+    "Recording",
+    "State",
+    "Stopped",
+    "default_granularity_bytes",
+]

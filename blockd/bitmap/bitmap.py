@@ -1,0 +1,248 @@
+"""One named dirty bitmap, and the tokens of those who use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, assert_never
+
+from blockd.bitmap.bits import Bits
+from blockd.bitmap.states import Frozen, Pinned, Recording, State, Stopped, idle
+from blockd.errors import BlockdError
+
+
+class Owner(Protocol):
+    """The node's bitmaps, as one of them sees them."""
+
+    def fold(self) -> None:
+        """Move the recent writes into every recording bitmap, as these are now."""
+
+    def recording_changed(self) -> None:
+        """A bitmap may have begun or ceased to record."""
+
+    def next_rank(self) -> int:
+        """A place in the listing, newer than all given so far."""
+
+
+class Freeze:
+    """The right to end one freeze, once. Who holds it decides what becomes of the bitmap.
+
+    Ending it a second time is a mistake of ours: ``RuntimeError``, with nothing changed.
+    """
+
+    __slots__ = ("_abdicate", "_reclaim", "_spent", "snapshot", "successor")
+
+    def __init__(
+        self,
+        snapshot: Bits,
+        successor: Bits,
+        reclaim: Callable[[], None],
+        abdicate: Callable[[Bits | None], None],
+    ) -> None:
+        #: The bits at the instant of the freeze; nobody changes them until it ends.
+        self.snapshot = snapshot
+        #: What the guest wrote since, but for the recent writes that were not folded in yet.
+        self.successor = successor
+        self._reclaim = reclaim
+        self._abdicate = abdicate
+        self._spent = False
+
+    def reclaim(self) -> None:
+        """The backup failed: the bitmap is what it was, and what was written since."""
+        self._spend()
+        self._reclaim()
+
+    def abdicate(self, keep: Bits | None = None) -> None:
+        """The backup is durable: the bitmap is what was written since, and ``keep``.
+
+        ``keep`` is what the backup did not copy after all, in any granularity (it is rounded
+        outward). It is given away with the call.
+        """
+        self._spend()
+        self._abdicate(keep)
+
+    def _spend(self) -> None:
+        if self._spent:
+            raise RuntimeError("this freeze of a bitmap has ended")
+        self._spent = True
+
+
+class Pin:
+    """The right to end one use of a bitmap by a reader, once (``RuntimeError`` after that)."""
+
+    __slots__ = ("_release", "_spent")
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release = release
+        self._spent = False
+
+    def release(self) -> None:
+        """The bitmap is free again, as it is now."""
+        if self._spent:
+            raise RuntimeError("this pin of a bitmap has ended")
+        self._spent = True
+        self._release()
+
+
+class DirtyBitmap:
+    """A named bitmap of a node. Every command that is refused (semantics 3) changes nothing.
+
+    All calls are plain functions: nothing comes between a check and the change it guards. Each
+    one first folds the node's recent writes into the bitmaps as they are, so that what is read
+    is complete, and a write is marked by the state in which it arrived.
+    """
+
+    def __init__(
+        self, owner: Owner, name: str, size_bytes: int, granularity_bytes: int, *, disabled: bool
+    ) -> None:
+        self._owner = owner
+        self._state: State = idle(Bits(size_bytes, granularity_bytes), recording=not disabled)
+        #: The place in the node's listing; the newer, the higher.
+        self.rank = owner.next_rank()
+        self.name = name
+        #: Whether the bitmap is to be kept when the daemon ends.
+        self.persistent = False
+
+    @property
+    def state(self) -> State:
+        self._owner.fold()
+        return self._state
+
+    @property
+    def granularity_bytes(self) -> int:
+        return self._named_bits.granularity_bytes
+
+    @property
+    def recording(self) -> bool:
+        """Whether guest writes are marked now, in the bitmap or in its successor."""
+        return self.recording_bits is not None
+
+    @property
+    def recording_bits(self) -> Bits | None:
+        """Where guest writes are to be marked now; for the fold, so it does not fold."""
+        match self._state:
+            case Recording(bits=bits) | Pinned(bits=bits, recording=True):
+                return bits
+            case Frozen(successor=successor, recording=True):
+                return successor
+            case Stopped() | Frozen() | Pinned():
+                return None
+            case _ as never:
+                assert_never(never)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job or an export uses the bitmap."""
+        return isinstance(self._state, Frozen | Pinned)
+
+    @property
+    def count_bytes(self) -> int:
+        """Dirty bytes of the named bitmap, without its successor (semantics 2)."""
+        self._owner.fold()
+        return self._named_bits.count_bytes
+
+    def digest(self) -> str:
+        """SHA-256 of the named bitmap's bits, as the peer computes it; for debugging."""
+        self._owner.fold()
+        return self._named_bits.digest()
+
+    def check_usable(self) -> None:
+        """Raise ``BlockdError`` where the bitmap is in use, as every command about it would."""
+        self._usable()
+
+    def usable_bits(self) -> Bits:
+        """The bits, to be merged elsewhere; ``BlockdError`` where the bitmap is in use."""
+        self._owner.fold()
+        return self._usable().bits
+
+    def enable(self) -> None:
+        """Mark guest writes from now on. Nothing happens where that is so already."""
+        self._become(Recording(self.usable_bits()))
+
+    def disable(self) -> None:
+        """Mark no guest writes from now on. Nothing happens where that is so already."""
+        self._become(Stopped(self.usable_bits()))
+
+    def clear(self) -> None:
+        """Forget every mark."""
+        self.usable_bits().clear()
+
+    def merge_from(self, sources: Sequence[Bits]) -> None:
+        """Add the bits of all ``sources``, or of none where the size of one differs."""
+        bits = self.usable_bits()
+        for source in sources:
+            bits.check_same_size(source)
+        for source in sources:
+            bits.merge(source)
+
+    def freeze(self, job: str) -> Freeze:
+        """Set the bits aside for ``job``; guest writes are marked in a successor from now on.
+
+        Nothing is copied, so this takes the same time however large the bitmap is.
+        """
+        snapshot = self.usable_bits()
+        successor = snapshot.empty_copy()
+        rank = self._owner.next_rank()
+        self._become(Frozen(snapshot, successor, self.recording, job, rank))
+        return Freeze(snapshot, successor, self._reclaim, self._abdicate)
+
+    def pin(self, holder: str) -> Pin:
+        """Keep the bitmap as it is for ``holder``, but for guest writes, until the release."""
+        bits = self.usable_bits()
+        self._become(Pinned(bits, self.recording, holder))
+        return Pin(self._release)
+
+    def resize(self, size_bytes: int) -> None:
+        """Follow the node to a new size, in every state."""
+        match self.state:
+            case Recording(bits=bits) | Stopped(bits=bits) | Pinned(bits=bits):
+                bits.resize(size_bytes)
+            case Frozen(snapshot=snapshot, successor=successor):
+                snapshot.resize(size_bytes)
+                successor.resize(size_bytes)
+            case _ as never:
+                assert_never(never)
+
+    @property
+    def _named_bits(self) -> Bits:
+        match self._state:
+            case Recording(bits=bits) | Stopped(bits=bits) | Pinned(bits=bits):
+                return bits
+            case Frozen(snapshot=snapshot):
+                return snapshot
+            case _ as never:
+                assert_never(never)
+
+    def _usable(self) -> Recording | Stopped:
+        if isinstance(self._state, Recording | Stopped):
+            return self._state
+        raise BlockdError(
+            f"Bitmap '{self.name}' is currently in use by another operation and cannot be used"
+        )
+
+    def _become(self, state: State) -> None:
+        self._state = state
+        self._owner.recording_changed()
+
+    def _reclaim(self) -> None:
+        frozen = self._frozen()
+        frozen.snapshot.merge(frozen.successor)
+        self._become(idle(frozen.snapshot, recording=frozen.recording))
+
+    def _abdicate(self, keep: Bits | None) -> None:
+        frozen = self._frozen()
+        if keep is not None:
+            # The node may have been resized since ``keep`` was made.
+            keep.resize(frozen.successor.size_bytes)
+            frozen.successor.merge(keep)
+        self.rank = frozen.successor_rank
+        self._become(idle(frozen.successor, recording=frozen.recording))
+
+    def _frozen(self) -> Frozen:
+        state = self.state
+        assert isinstance(state, Frozen), "only the token of a freeze ends it"
+        return state
+
+    def _release(self) -> None:
+        state = self.state
+        assert isinstance(state, Pinned), "only the token of a pin ends it"
+        self._become(idle(state.bits, recording=state.recording))
