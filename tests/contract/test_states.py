@@ -1,0 +1,22 @@
+"""The state tables that are published, and those that the daemon goes by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from blockd.job import MAY, NEXT
+
+STATES = Path(__file__).parents[2] / "protocol" / "states"
+
+
+def sets(table: Mapping[Any, Iterable[str]]) -> dict[str, set[str]]:
+    return {str(row): {str(state) for state in states} for row, states in table.items()}
+
+
+def test_a_job_goes_through_the_states_that_are_published() -> None:
+    published = json.loads((STATES / "job.json").read_text())
+    assert sets(published["next"]) == sets(NEXT)
+    assert sets(published["may"]) == sets(MAY)
