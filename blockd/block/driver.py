@@ -1,0 +1,89 @@
+"""What a node's driver must offer. Drivers live in ``block/drivers``, one small file each."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from blockd.errors import WOULD_BLOCK
+
+if TYPE_CHECKING:
+    # It stands on system calls that speak of allocation, as this module defines it.
+    from blockd.block.allocation import Allocation
+from blockd.block.descriptor import Descriptor
+
+
+class Driver(ABC):
+    """Bytes on some storage, from 0 to ``size_bytes``.
+
+    The caller (``Node``) has checked every range: it lies within the size, its length is not 0,
+    and a read-only driver is not written to. An ``OSError`` says that an I/O failed; after a
+    failed write the range's content is unknown. The async calls may run at once and in any
+    order; overlapping ones may take effect in any order. A cancelled call may still take effect.
+    """
+
+    #: The driver's name in QMP ("file", "raw", …).
+    name: str
+    size_bytes: int
+    read_only: bool
+    #: Bytes; what the storage allocates at a time, or None where it has no such unit.
+    cluster_size_bytes: int | None = None
+    #: How QMP names the storage.
+    filename: str
+    #: Whether I/O passes the host's page cache by.
+    direct: bool = False
+    #: Whether ``flush`` does anything.
+    flushes: bool = True
+
+    @property
+    def path(self) -> str | None:
+        """The regular file that the data ends up in, if it is one."""
+        return None
+
+    def descriptor(self, *, write: bool) -> Descriptor | None:
+        """The bytes by a descriptor, where reading (or writing) that way is the same thing."""
+        return None
+
+    def read_nowait(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset`` at once, or raise ``WouldBlock`` (view then undefined)."""
+        raise WOULD_BLOCK
+
+    def write_nowait(self, offset: int, view: memoryview) -> None:
+        """Write ``view`` at ``offset`` at once, or raise ``WouldBlock`` having written nothing."""
+        raise WOULD_BLOCK
+
+    @abstractmethod
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset``."""
+
+    @abstractmethod
+    async def write(self, offset: int, view: memoryview) -> None:
+        """Write ``view`` at ``offset``; ``view`` must not change until this returns."""
+
+    @abstractmethod
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Make the range read as zeroes; give its space back where ``unmap`` allows it."""
+
+    @abstractmethod
+    async def discard(self, offset: int, length: int) -> None:
+        """The range's content is no longer needed; what it reads as afterwards is open."""
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Return once all completed writes are on stable storage."""
+
+    @abstractmethod
+    async def allocation(self, offset: int, length: int) -> Sequence[Allocation]:
+        """How the range is allocated: runs in order, without gaps, from ``offset`` on.
+
+        It may stop short of the range's end, but says something about its first byte.
+        """
+
+    @abstractmethod
+    async def allocated_bytes(self) -> int:
+        """How much space the storage takes for this."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Give up the storage. Nothing is called afterwards. It does not flush."""

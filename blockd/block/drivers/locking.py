@@ -1,0 +1,91 @@
+"""Image locks that QEMU understands: OFD locks on single bytes (QEMU's block/file-posix.c).
+
+For each permission that is used a shared lock is held on one byte, and for each permission that
+is denied to others a shared lock on another byte. Whoever comes later looks for locks on the
+opposite bytes. Locks go with the descriptor, so kill -9 leaves none behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from blockd.errors import BlockdError
+
+_USED_AT = 100
+_DENIED_AT = 200
+# Bit numbers of QEMU's BLK_PERM_*.
+_CONSISTENT_READ = 0
+_WRITE = 1
+_RESIZE = 3
+_NAMES = {_CONSISTENT_READ: "consistent read", _WRITE: "write", _RESIZE: "resize"}
+# struct flock of 64-bit Linux: type, whence, start, length, pid.
+_FLOCK = struct.Struct("hhqqi4x")
+
+
+def lock_image(fd: int, filename: str, *, read_only: bool) -> None:
+    """Hold ``fd``'s image: for reading, or for writing with no other writer beside it.
+
+    Raises ``BlockdError`` where another process, or another node, holds it otherwise. A file
+    system without such locks is used without them, as QEMU does by default.
+    """
+    used = [_CONSISTENT_READ] if read_only else [_CONSISTENT_READ, _WRITE]
+    denied = [_RESIZE] if read_only else [_WRITE, _RESIZE]
+    with _lockable(filename):
+        for bit in used:
+            _lock(fd, _USED_AT + bit)
+        for bit in denied:
+            _lock(fd, _DENIED_AT + bit)
+        for bit in used:
+            if _locked(fd, _DENIED_AT + bit):
+                raise _conflict(filename, f'"{_NAMES[bit]}" lock')
+        for bit in denied:
+            if _locked(fd, _USED_AT + bit):
+                raise _conflict(filename, f'shared "{_NAMES[bit]}" lock')
+
+
+@contextmanager
+def resizing(fd: int, filename: str) -> Iterator[None]:
+    """The body changes the size of an image that ``fd`` holds for writing.
+
+    Raises ``BlockdError`` where somebody relies on the size; every node does, also one that only
+    reads.
+    """
+    with _lockable(filename):
+        _lock(fd, _USED_AT + _RESIZE)
+        if _locked(fd, _DENIED_AT + _RESIZE):
+            raise _conflict(filename, '"resize" lock')
+    yield
+    with _lockable(filename):
+        _lock(fd, _USED_AT + _RESIZE, fcntl.F_UNLCK)
+
+
+@contextmanager
+def _lockable(filename: str) -> Iterator[None]:
+    try:
+        yield
+    except BlockingIOError:
+        # A classic lock of a program that knows nothing of QEMU's.
+        raise _conflict(filename, "a lock") from None
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+
+
+def _lock(fd: int, byte: int, kind: int = fcntl.F_RDLCK) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+
+
+def _locked(fd: int, byte: int) -> bool:
+    """Whether another descriptor holds a lock on the byte."""
+    lock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, lock)
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def _conflict(filename: str, lock: str) -> BlockdError:
+    return BlockdError(f"Failed to get {lock}: is another process or node using '{filename}'?")

@@ -1,0 +1,111 @@
+"""``raw``: the bytes of the node below, or a window of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from blockd.block.allocation import Allocation
+from blockd.block.descriptor import Descriptor
+from blockd.block.driver import Driver
+from blockd.block.node import Node
+from blockd.errors import BlockdError
+from blockd.extent import Extent
+
+
+class RawDriver(Driver):
+    """Passes everything to ``child``, ``offset_bytes`` further on."""
+
+    name = "raw"
+
+    def __init__(
+        self,
+        child: Node,
+        *,
+        read_only: bool = False,
+        offset_bytes: int = 0,
+        size_bytes: int | None = None,
+        direct: bool = False,
+        flushes: bool = True,
+        unmap: bool = True,
+    ) -> None:
+        """``size_bytes`` None: up to the child's end. Raises ``BlockdError`` for a bad window."""
+        room_bytes = child.size_bytes - offset_bytes
+        if room_bytes < 0:
+            raise BlockdError(
+                f"Offset ({offset_bytes}) cannot be greater than "
+                f"size of the containing file ({child.size_bytes})"
+            )
+        if size_bytes is not None and size_bytes > room_bytes:
+            raise BlockdError(
+                f"The sum of offset ({offset_bytes}) and size ({size_bytes}) has to be smaller "
+                f"or equal to the  actual size of the containing file ({child.size_bytes})"
+            )
+        self.child = child
+        self.read_only = read_only
+        self.offset_bytes = offset_bytes
+        self.size_bytes = room_bytes if size_bytes is None else size_bytes
+        self.cluster_size_bytes = child.driver.cluster_size_bytes
+        self.direct = direct
+        self.flushes = flushes
+        self._unmap = unmap
+        self._options = _options(child.driver, offset_bytes, size_bytes)
+        plain = "filename" in self._options["file"] and len(self._options) == 2
+        self.filename = child.driver.filename if plain else f"json:{json.dumps(self._options)}"
+
+    @property
+    def path(self) -> str | None:
+        return self.child.path
+
+    def descriptor(self, *, write: bool) -> Descriptor | None:
+        below = self.child.descriptor(write=write)
+        return None if below is None else Descriptor(below.fd, below.start + self.offset_bytes)
+
+    def read_nowait(self, offset: int, view: memoryview) -> None:
+        self.child.read_nowait(offset + self.offset_bytes, view)
+
+    def write_nowait(self, offset: int, view: memoryview) -> None:
+        self.child.write_nowait(offset + self.offset_bytes, view)
+
+    async def read(self, offset: int, view: memoryview) -> None:
+        await self.child.read(offset + self.offset_bytes, view)
+
+    async def write(self, offset: int, view: memoryview) -> None:
+        await self.child.write(offset + self.offset_bytes, view)
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        unmap = unmap and self._unmap
+        await self.child.write_zeroes(offset + self.offset_bytes, length, unmap=unmap)
+
+    async def discard(self, offset: int, length: int) -> None:
+        if self._unmap:
+            await self.child.discard(offset + self.offset_bytes, length)
+
+    async def flush(self) -> None:
+        await self.child.flush()
+
+    async def allocation(self, offset: int, length: int) -> Sequence[Allocation]:
+        runs = await self.child.allocation(offset + self.offset_bytes, length)
+        return [
+            Allocation(Extent(run.extent.offset - self.offset_bytes, run.extent.length), run.zero)
+            for run in runs
+        ]
+
+    async def allocated_bytes(self) -> int:
+        return await self.child.driver.allocated_bytes()
+
+    async def close(self) -> None:
+        """The child is a node of its own and is closed as one."""
+
+
+def _options(below: Driver, offset_bytes: int, size_bytes: int | None) -> dict[str, Any]:
+    """The driver as QEMU's pseudo-protocol "json:" names it."""
+    options: dict[str, Any] = {"driver": "raw"}
+    if offset_bytes:
+        options["offset"] = offset_bytes
+    if size_bytes is not None:
+        options["size"] = size_bytes
+    if isinstance(below, RawDriver):
+        return options | {"file": below._options}  # noqa: SLF001 - one class
+    return options | {"file": {"driver": below.name, "filename": below.filename}}

@@ -1,0 +1,202 @@
+"""A node: one driver, the bitmaps that record its writes, and what must happen before a write."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Protocol, TypeVar
+
+import trio
+
+from blockd import limits
+from blockd.bitmap import NodeBitmaps
+from blockd.block.allocation import Allocation
+from blockd.block.descriptor import Descriptor
+from blockd.block.driver import Driver
+from blockd.block.inflight import Gate
+from blockd.block.permissions import Users
+from blockd.errors import WOULD_BLOCK
+
+_Result = TypeVar("_Result")
+
+
+class BeforeWrite(Protocol):
+    """A point-in-time view's hook: it keeps what a write is about to overwrite."""
+
+    def before_write_nowait(self, offset: int, length: int) -> bool:
+        """Whether the range's old data is safe already; False sends the write the async way."""
+        ...
+
+    async def before_write(self, offset: int, length: int) -> None:
+        """Return once the range's old data is safe, or once this view has given up on it.
+
+        The view's own trouble stays its own: nothing but cancellation is raised here.
+        """
+        ...
+
+
+class Node:
+    """The device layer's unit: every read and write of a guest, an export or a job passes here.
+
+    Invariant: a write reaches the driver only after it is noted in ``bitmaps.recent`` (which is
+    folded into every recording bitmap before any of them is read or changed) and after every
+    hook holds the range's old data.
+
+    ``read_nowait`` and ``write_nowait`` finish at once or raise ``WouldBlock``; they are looked
+    up anew for each burst, because ``_choose_path`` puts the shortest one that is right in place
+    whenever the node's state changes.
+    """
+
+    read_nowait: Callable[[int, memoryview], None]
+    write_nowait: Callable[[int, memoryview], None]
+
+    def __init__(self, name: str, driver: Driver) -> None:
+        self.name = name
+        self.driver = driver
+        self.size_bytes = driver.size_bytes
+        self.read_only = driver.read_only
+        self.users = Users(name)
+        self._hooks: tuple[BeforeWrite, ...] = ()
+        self._gate = Gate(on_change=self._choose_path)
+        self.bitmaps = NodeBitmaps(driver.size_bytes)
+        self.bitmaps.on_change = self._choose_path
+        self.read_nowait = driver.read_nowait
+        self._choose_path()
+
+    @property
+    def path(self) -> str | None:
+        """The regular file that the data ends up in, if it is one."""
+        return self.driver.path
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a point-in-time view depends on this node's writes."""
+        return bool(self._hooks)
+
+    # -- the nowait paths --------------------------------------------------------------------
+
+    def _choose_path(self) -> None:
+        if self._gate.closed or self.read_only:
+            self.write_nowait = self._refuse
+        elif self._hooks:
+            self.write_nowait = self._write_hooked
+        elif self.bitmaps.any_recording:
+            self.write_nowait = self._write_noted
+        else:
+            self.write_nowait = self.driver.write_nowait
+
+    def _refuse(self, offset: int, view: memoryview) -> None:
+        raise WOULD_BLOCK
+
+    def _note(self, offset: int, length: int) -> None:
+        recent = self.bitmaps.recent
+        recent.append((offset, length))
+        if len(recent) >= limits.RECENT_WRITES_LIMIT:
+            self.bitmaps.fold()
+
+    def _write_noted(self, offset: int, view: memoryview) -> None:
+        self._note(offset, len(view))
+        self.driver.write_nowait(offset, view)
+
+    def _write_hooked(self, offset: int, view: memoryview) -> None:
+        for hook in self._hooks:
+            if not hook.before_write_nowait(offset, len(view)):
+                raise WOULD_BLOCK
+        self._write_noted(offset, view)
+
+    # -- the async paths ---------------------------------------------------------------------
+
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset``; the range lies within the size. Raises ``OSError``."""
+        await self.driver.read(offset, view)
+
+    async def write(self, offset: int, view: memoryview, *, fua: bool = False) -> None:
+        """Write ``view`` at ``offset``; with ``fua`` it is on stable storage on return."""
+        await self._enter_write(offset, len(view))
+        try:
+            await self.driver.write(offset, view)
+            if fua:
+                await self.driver.flush()
+        finally:
+            self._gate.leave()
+
+    def descriptor(self, *, write: bool) -> Descriptor | None:
+        """The node's bytes by a descriptor, where no bitmap or view needs to know of the write."""
+        if write and (self.read_only or self._hooks or self.bitmaps.any_recording):
+            return None
+        return self.driver.descriptor(write=write)
+
+    async def write_by(self, offset: int, length: int, call: Callable[[], _Result]) -> _Result:
+        """Run ``call`` in a worker thread as a write of the range, by ``descriptor``."""
+        await self._enter_write(offset, length)
+        try:
+            return await trio.to_thread.run_sync(call)
+        finally:
+            self._gate.leave()
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool, fua: bool = False
+    ) -> None:
+        """Make the range read as zeroes; its space is given back where ``unmap`` allows that."""
+        await self._enter_write(offset, length)
+        try:
+            await self.driver.write_zeroes(offset, length, unmap=unmap)
+            if fua:
+                await self.driver.flush()
+        finally:
+            self._gate.leave()
+
+    async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
+        """Give up the range's content. It counts as a write: what it reads as may change."""
+        await self._enter_write(offset, length)
+        try:
+            await self.driver.discard(offset, length)
+            if fua:
+                await self.driver.flush()
+        finally:
+            self._gate.leave()
+
+    async def flush(self) -> None:
+        """Return once every write that had completed before is on stable storage."""
+        await self.driver.flush()
+
+    async def allocation(self, offset: int, length: int) -> Sequence[Allocation]:
+        """The range's allocation, as ``Driver.allocation`` gives it."""
+        return await self.driver.allocation(offset, length)
+
+    async def _enter_write(self, offset: int, length: int) -> None:
+        """Do what precedes every write. On return the caller owes one ``_gate.leave()``."""
+        if self.read_only:
+            raise PermissionError(errno.EPERM, f"node '{self.name}' is read-only")
+        await self._gate.enter()
+        try:
+            self._note(offset, length)
+            for hook in self._hooks:
+                await hook.before_write(offset, length)
+        except BaseException:
+            self._gate.leave()
+            raise
+
+    # -- one instant -------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def quiesced(self) -> AsyncIterator[None]:
+        """The body runs with no write in flight and none beginning.
+
+        What it does without an await happens at one instant, as the guest sees it.
+        """
+        async with self._gate.shut():
+            yield
+
+    def add_hook(self, hook: BeforeWrite) -> None:
+        """Put a point-in-time view in; only while quiesced, so that it misses no write."""
+        assert self._gate.closed
+        self._hooks = (*self._hooks, hook)
+        self._choose_path()
+
+    def remove_hook(self, hook: BeforeWrite) -> None:
+        """Take a point-in-time view out; only while quiesced."""
+        assert self._gate.closed
+        self._hooks = tuple(other for other in self._hooks if other is not hook)
+        self._choose_path()

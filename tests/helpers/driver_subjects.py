@@ -1,0 +1,146 @@
+"""Every driver, over storage of its own, for the tests that all of them must pass."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from blockd.block import Driver, Node
+from blockd.block.drivers.file import FileDriver
+from blockd.block.drivers.opening import open_file
+from blockd.block.drivers.raw import RawDriver
+from blockd.errors import BlockdError
+from tests.helpers.loop_device import loop_device
+from tests.helpers.memory_driver import MemoryDriver
+
+#: No multiple of a sector, so that a file has a tail beyond its end.
+FILE_BYTES = 300_001
+#: Data here, holes elsewhere.
+DATA_RUNS = [(0, 70_000), (131_072, 5_000), (200_000, 100_001)]
+MEMORY_FILE_SYSTEM = Path("/dev/shm")
+
+
+@dataclass
+class Subject:
+    """``model`` is what the driver's storage holds; ``unmap``: whether discards reach it."""
+
+    driver: Driver
+    model: bytearray
+    unmap: bool = True
+
+
+def sparse_content(size: int = FILE_BYTES) -> bytearray:
+    content = bytearray(size)
+    for offset, length in DATA_RUNS:
+        content[offset : offset + length] = random.Random(offset).randbytes(length)
+    return content[:size]
+
+
+def write_sparse(path: Path) -> None:
+    content = sparse_content()
+    with path.open("wb") as file:
+        file.truncate(FILE_BYTES)
+        for offset, length in DATA_RUNS:
+            file.seek(offset)
+            file.write(content[offset : offset + length])
+
+
+def open_image(
+    path: Path | str, *, direct: bool = False, unmap: bool = True, driver: str = "file"
+) -> FileDriver:
+    """A driver over ``path``; skips the test where the file system has no O_DIRECT."""
+    try:
+        return open_file(
+            str(path),
+            driver=driver,
+            read_only=False,
+            auto_read_only=False,
+            direct=direct,
+            unmap=unmap,
+            flushes=True,
+        )
+    except BlockdError as error:
+        if "does not support O_DIRECT" not in error.message:
+            raise
+        pytest.skip(error.message)
+
+
+@contextmanager
+def file(directory: Path, *, direct: bool = False, unmap: bool = True) -> Iterator[Subject]:
+    path = directory / "image"
+    write_sparse(path)
+    driver = open_image(path, direct=direct, unmap=unmap)
+    model = sparse_content() + bytes(driver.size_bytes - FILE_BYTES)
+    yield Subject(driver, model, unmap=unmap)
+
+
+@contextmanager
+def memory_file(_: Path, *, direct: bool = False) -> Iterator[Subject]:
+    """A file of tmpfs, which has neither RWF_NOWAIT nor FALLOC_FL_ZERO_RANGE."""
+    if not MEMORY_FILE_SYSTEM.is_dir():
+        pytest.skip(f"{MEMORY_FILE_SYSTEM} does not exist")
+    with (
+        tempfile.TemporaryDirectory(dir=MEMORY_FILE_SYSTEM) as directory,
+        file(Path(directory), direct=direct) as subject,
+    ):
+        yield subject
+
+
+@contextmanager
+def device(directory: Path, *, direct: bool = False, sector_bytes: int = 512) -> Iterator[Subject]:
+    path = directory / "backing"
+    write_sparse(path)
+    size = FILE_BYTES // 4096 * 4096
+    with path.open("r+b") as backing:
+        backing.truncate(size)
+    with loop_device(path, sector_bytes=sector_bytes) as name:
+        yield Subject(open_image(name, direct=direct, driver="host_device"), sparse_content(size))
+
+
+@contextmanager
+def raw(directory: Path, *, offset: int = 0, size: int | None = None) -> Iterator[Subject]:
+    with file(directory) as below:
+        child = Node("child", below.driver)
+        driver = RawDriver(child, read_only=False, offset_bytes=offset, size_bytes=size)
+        end = len(below.model) if size is None else offset + size
+        yield Subject(driver, below.model[offset:end])
+
+
+@contextmanager
+def memory(_: Path) -> Iterator[Subject]:
+    yield Subject(MemoryDriver(bytes(sparse_content())), sparse_content())
+
+
+@contextmanager
+def memory_inline(directory: Path) -> Iterator[Subject]:
+    with memory(directory) as subject:
+        assert isinstance(subject.driver, MemoryDriver)
+        subject.driver.nowait = lambda _: True
+        yield subject
+
+
+Maker = Callable[[ExitStack, Path], Subject]
+
+SUBJECTS: dict[str, Maker] = {
+    "file": lambda stack, path: stack.enter_context(file(path)),
+    "file-no-unmap": lambda stack, path: stack.enter_context(file(path, unmap=False)),
+    "file-direct": lambda stack, path: stack.enter_context(file(path, direct=True)),
+    "file-tmpfs": lambda stack, path: stack.enter_context(memory_file(path)),
+    "file-tmpfs-direct": lambda stack, path: stack.enter_context(memory_file(path, direct=True)),
+    "device": lambda stack, path: stack.enter_context(device(path)),
+    "device-direct": lambda stack, path: stack.enter_context(device(path, direct=True)),
+    "device-4k-direct": lambda stack, path: stack.enter_context(
+        device(path, direct=True, sector_bytes=4096)
+    ),
+    "raw": lambda stack, path: stack.enter_context(raw(path)),
+    "raw-window": lambda stack, path: stack.enter_context(raw(path, offset=1000, size=204_800)),
+    "raw-offset": lambda stack, path: stack.enter_context(raw(path, offset=65_536)),
+    "memory": lambda stack, path: stack.enter_context(memory(path)),
+    "memory-inline": lambda stack, path: stack.enter_context(memory_inline(path)),
+}
