@@ -1,0 +1,326 @@
+"""The tasks that bring the source's old data to the target."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import trio
+
+from blockd import limits
+from blockd.backup.clusters import Claim, Clusters
+from blockd.backup.feeder import Feeder, Piece
+from blockd.backup.held import HeldStore, OldData
+from blockd.backup.point_in_time import PointInTime
+from blockd.backup.source_map import SourceMap
+from blockd.backup.sweep import Sweep, Swept
+from blockd.block import Descriptor, Node
+from blockd.job import ErrorAction, IoStatus, Job, OnError, action_on_error
+
+
+@dataclass(frozen=True, slots=True)
+class OnErrors:
+    """What the user wants to happen when the source, or the target, fails."""
+
+    source: OnError = OnError.REPORT
+    target: OnError = OnError.REPORT
+
+
+class Copier:
+    """Copies for one job, in two ways at once.
+
+    Workers go through what is pending; they keep to the job's speed and pauses. Writers empty
+    the held store at once, even while the job is paused, because guests may be waiting for room.
+    An ``OSError`` that the user's policy does not bear ends ``run``.
+    """
+
+    def __init__(
+        self, job: Job, source: Node, target: Node, clusters: Clusters, on_errors: OnErrors
+    ) -> None:
+        self._job = job
+        self._source = source
+        self._target = target
+        self._clusters = clusters
+        self._on_errors = on_errors
+        self._held = HeldStore(clusters.cluster_bytes)
+        self._feeder = Feeder(clusters, SourceMap(source, clusters.cluster_bytes))
+        #: The hook to put into the source at the instant of the start.
+        self.hook = PointInTime(source, clusters, self._held, self._ignore_guest_read_error)
+        self._writes_seen = 0
+        self._guests_idle_from = 0.0
+        self._step = max(1, limits.BACKUP_STEP_BYTES >> clusters.shift)
+        #: A sweep met an error of the source.
+        self._read_failed = False
+
+    async def run(self) -> None:
+        """Return once everything is on the target, or is skipped."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._let_guests_go_at_the_end)
+                for _ in range(limits.HELD_WRITERS):
+                    nursery.start_soon(self._write_held)
+                await self._count()
+                for _ in range(limits.BACKUP_WORKERS):
+                    nursery.start_soon(self._copy_pending)
+                await self._clusters.finished.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            self.hook.abandon()
+
+    async def _let_guests_go_at_the_end(self) -> None:
+        """However ``run`` ends: guests are free at once, though an I/O may hang for long."""
+        try:
+            await self.hook.broken.wait()
+            assert self.hook.failure is not None
+            raise self.hook.failure
+        finally:
+            self.hook.abandon()
+
+    async def _count(self) -> None:
+        """Count what is to be copied, where that takes a walk over the bitmap."""
+        total = self._clusters.count_at_once()
+        if total is None:
+            total = 0
+            for counted, (first, end) in enumerate(self._clusters.wanted_runs(), 1):
+                total += end - first
+                if counted % limits.BACKUP_SCAN_RUNS == 0:
+                    await trio.lowlevel.checkpoint()
+        self._job.set_total(total << self._clusters.shift)
+        self._clusters.set_total(total)
+
+    # -- in the background -------------------------------------------------------------------
+
+    async def _copy_pending(self) -> None:
+        """One worker. Its buffer serves for everything it copies."""
+        size_bytes = max(limits.BACKUP_CHUNK_BYTES, self._clusters.cluster_bytes)
+        buffer = memoryview(mmap.mmap(-1, size_bytes))
+        while True:
+            if not await self._feeder.look_ahead():
+                await self._clusters.wait_given_back()
+                continue
+            async with self._job.turn():
+                if (paths := self._descriptors()) is not None:
+                    todo = await self._sweep(*paths, buffer)
+                else:
+                    todo = deque(await self._next_data(buffer))
+                await self._write_all(todo)
+            while todo:
+                # The job was stopped by an error; the turn comes when it has been resumed.
+                async with self._job.turn():
+                    await self._write_all(todo)
+
+    async def _next_data(self, buffer: memoryview) -> Sequence[OldData]:
+        """Take a piece and read it; nothing where others took it, or where it can't be read."""
+        limit = self._chunk_clusters()
+        piece = self._feeder.take(limit, limit if self._job.speed else self._clusters.count)
+        if piece is None:
+            return ()
+        self._job.charge(self._clusters.length(piece.first, piece.end))
+        if piece.zero:
+            self._clusters.settle_unread(piece.first, piece.end)
+            return (OldData(piece.first, piece.end, None),)
+        return await self._read(piece, buffer)
+
+    def _descriptors(self) -> tuple[Descriptor, Descriptor] | None:
+        """How a thread reaches both disks; None where only the nodes' own calls will do."""
+        if self._job.speed or self._read_failed:
+            return None
+        source = self._source.descriptor(write=False)
+        target = self._target.descriptor(write=True)
+        return None if source is None or target is None else (source, target)
+
+    async def _sweep(
+        self, source: Descriptor, target: Descriptor, buffer: memoryview
+    ) -> deque[OldData]:
+        """Let a thread copy a long piece; returns what it read and could not write."""
+        clusters = self._clusters
+        piece = self._feeder.take(self._sweep_clusters(), clusters.count)
+        if piece is None:
+            return deque()
+        if piece.zero:
+            clusters.settle_unread(piece.first, piece.end)
+            return deque([OldData(piece.first, piece.end, None)])
+        shift = clusters.shift
+        sweep = Sweep(piece.first, piece.end, clusters.length, shift=shift, step=self._step)
+        claim = clusters.claim(piece.first, piece.end, sweep)
+        try:
+            swept = await self._target.write_by(
+                piece.first << shift,
+                clusters.length(piece.first, piece.end),
+                lambda: sweep.copy(source, target, buffer),
+            )
+        except BaseException:
+            clusters.give_back(claim)
+            raise
+        return self._end_sweep(claim, swept, buffer)
+
+    def _end_sweep(self, claim: Claim, swept: Swept, buffer: memoryview) -> deque[OldData]:
+        clusters = self._clusters
+        if self.hook.abandoned:
+            # Once guests are let go, what was read may be newer than the start.
+            clusters.give_back(claim)
+            return deque()
+        clusters.settle_to(claim, swept.read_end)
+        write_failed = swept.written_end < swept.read_end
+        # Asked again, it is the other way of copying that meets the error and deals with it.
+        self._read_failed |= claim.first < claim.end and not write_failed
+        clusters.give_back(claim)
+        if swept.first < swept.written_end:
+            self._saved(OldData(swept.first, swept.written_end, None))
+        if not write_failed:
+            return deque()
+        view = buffer[: clusters.length(swept.written_end, swept.read_end)]
+        return deque([OldData(swept.written_end, swept.read_end, view)])
+
+    def _sweep_clusters(self) -> int:
+        size_bytes = (
+            limits.BACKUP_SWEEP_BUSY_BYTES if self._guests_busy() else limits.BACKUP_SWEEP_BYTES
+        )
+        return max(1, size_bytes >> self._clusters.shift)
+
+    def _chunk_clusters(self) -> int:
+        busy = self._guests_busy()
+        size_bytes = limits.BACKUP_CHUNK_BUSY_BYTES if busy else limits.BACKUP_CHUNK_BYTES
+        return max(1, size_bytes >> self._clusters.shift)
+
+    def _guests_busy(self) -> bool:
+        now = trio.current_time()
+        if self._writes_seen != self.hook.writes_seen:
+            self._writes_seen = self.hook.writes_seen
+            self._guests_idle_from = now + limits.BACKUP_GUEST_IDLE_SECONDS
+        return now < self._guests_idle_from
+
+    async def _write_all(self, todo: deque[OldData]) -> None:
+        """Write what is to be written, or up to where an error stops the job."""
+        while todo and await self._write(todo[0]):
+            todo.popleft()
+
+    # -- reading the source ------------------------------------------------------------------
+
+    async def _read(self, piece: Piece, buffer: memoryview) -> Sequence[OldData]:
+        """Bring a piece into memory: what of it can be read; nothing where it is given back."""
+        clusters = self._clusters
+        claim = clusters.claim(piece.first, piece.end)
+        try:
+            view = buffer[: clusters.length(piece.first, piece.end)]
+            data = await self._read_claim(OldData(piece.first, piece.end, view))
+        except BaseException:
+            clusters.give_back(claim)
+            raise
+        if data is None or self.hook.abandoned:
+            # Once guests are let go, what was read may be newer than the start.
+            clusters.give_back(claim)
+            return ()
+        clusters.settle(claim)
+        clusters.skip(piece.end - piece.first - sum(each.end - each.first for each in data))
+        return data
+
+    async def _read_claim(self, wanted: OldData) -> Sequence[OldData] | None:
+        """The claimed clusters that can be read; None where an error stopped the job."""
+        try:
+            await self._fill(wanted)
+        except OSError as error:
+            action = self._decide("read", error)
+            if action is ErrorAction.REPORT:
+                raise
+            if action is ErrorAction.STOP:
+                return None
+            return [each for each in self._singly(wanted) if await self._is_readable(each)]
+        return (wanted,)
+
+    async def _is_readable(self, wanted: OldData) -> bool:
+        try:
+            await self._fill(wanted)
+        except OSError:
+            return False
+        return True
+
+    async def _fill(self, wanted: OldData) -> None:
+        assert wanted.view is not None
+        await self._source.read(wanted.first << self._clusters.shift, wanted.view)
+
+    # -- writing the target ------------------------------------------------------------------
+
+    async def _write_held(self) -> None:
+        """One writer of the held store."""
+        while True:
+            held = await self._held.get()
+            while not await self._write(held.data):
+                await self._job.pause_point()
+            self._held.free(held.slot)
+
+    async def _write(self, data: OldData) -> bool:
+        """Write old data, or skip it; False where an error stopped the job."""
+        try:
+            await self._store(data)
+        except OSError as error:
+            action = self._decide("write", error)
+            if action is ErrorAction.REPORT:
+                raise
+            if action is ErrorAction.STOP:
+                return False
+            await self._write_singly(data)
+        else:
+            self._saved(data)
+        return True
+
+    async def _write_singly(self, data: OldData) -> None:
+        for each in self._singly(data):
+            try:
+                await self._store(each)
+            except OSError:
+                self._clusters.skip(1)
+            else:
+                self._saved(each)
+
+    async def _store(self, data: OldData) -> None:
+        offset = data.first << self._clusters.shift
+        if data.view is None:
+            await self._store_zeroes(offset, self._clusters.length(data.first, data.end))
+        else:
+            await self._target.write(offset, data.view)
+
+    async def _store_zeroes(self, offset: int, length: int) -> None:
+        """Leave alone what is zero already, so that a sparse target stays sparse."""
+        end = offset + length
+        while offset < end:
+            for run in await self._target.allocation(offset, end - offset):
+                if not run.zero:
+                    await self._target.write_zeroes(*run.extent, unmap=True)
+                offset = run.extent.end
+
+    def _saved(self, data: OldData) -> None:
+        self._clusters.save(data.first, data.end)
+        self._job.advance((data.end - data.first) << self._clusters.shift)
+
+    # -- trouble -----------------------------------------------------------------------------
+
+    def _singly(self, data: OldData) -> Iterator[OldData]:
+        """The data cluster by cluster, to find the ones that fail."""
+        shift = self._clusters.shift
+        for cluster in range(data.first, data.end):
+            start = (cluster - data.first) << shift
+            view = None if data.view is None else data.view[start : start + (1 << shift)]
+            yield OldData(cluster, cluster + 1, view)
+
+    def _decide(self, operation: Literal["read", "write"], error: OSError) -> ErrorAction:
+        """What is to be done about an error that the background, or a writer, met."""
+        number = error.errno or errno.EIO
+        policy = self._on_errors.source if operation == "read" else self._on_errors.target
+        stopped = self._job.io_status is not IoStatus.OK
+        if stopped and action_on_error(policy, number) is ErrorAction.STOP:
+            # One error is announced, not each of those that were under way with it.
+            return ErrorAction.STOP
+        return self._job.handle_error(operation, number, policy)
+
+    def _ignore_guest_read_error(self, error: OSError) -> bool:
+        """A guest can't wait for an administrator, so here ``stop`` means that the job fails."""
+        number = error.errno or errno.EIO
+        ignored = action_on_error(self._on_errors.source, number) is ErrorAction.IGNORE
+        policy = OnError.IGNORE if ignored else OnError.REPORT
+        self._job.handle_error("read", number, policy)
+        return ignored

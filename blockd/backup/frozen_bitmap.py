@@ -1,0 +1,57 @@
+"""The bitmap of a running backup: what it asks to be copied, and how it ends."""
+
+from __future__ import annotations
+
+import trio
+
+from blockd.backup.clusters import Clusters
+from blockd.backup.plan import BitmapMode, Sync, UsedBitmap, conclude_bitmap
+from blockd.bitmap import Bits
+
+
+class FrozenBitmap:
+    """A bitmap from its freeze, which happens here, to its one end by ``conclude``."""
+
+    def __init__(self, used: UsedBitmap, sync: Sync, job_id: str) -> None:
+        """Raises ``BlockdError`` where the bitmap is in use."""
+        self.bitmap = used.bitmap
+        self._mode = used.mode
+        self._sync = sync
+        self._freeze = used.bitmap.freeze(job_id)
+        self._concluded = False
+
+    @property
+    def wanted(self) -> Bits | None:
+        """What is to be copied; None: everything."""
+        return None if self._sync is Sync.FULL else self._freeze.snapshot
+
+    @property
+    def forgets_after_failure(self) -> bool:
+        """Whether the bitmap, after a failure, keeps only what was not copied."""
+        return self._mode is BitmapMode.ALWAYS
+
+    async def list_unsaved(self, clusters: Clusters) -> Bits:
+        """What is not on the target of all that was to be copied; ask when copying has ended."""
+        rest = self._freeze.snapshot.empty_copy()
+        if clusters.finished.is_set() and not clusters.skipped:
+            return rest
+        for runs in clusters.unsaved_runs():
+            for first, end in runs:
+                rest.mark(first << clusters.shift, clusters.length(first, end))
+            await trio.lowlevel.checkpoint()
+        return rest
+
+    def conclude(self, *, succeeded: bool, unsaved: Bits | None) -> None:
+        """Unfreeze the bitmap; ``unsaved`` None: that may be everything. Later calls do nothing."""
+        if self._concluded:
+            return
+        self._concluded = True
+        rest = self._everything() if unsaved is None else unsaved
+        conclude_bitmap(self._freeze, self._mode, succeeded=succeeded, rest=rest)
+
+    def _everything(self) -> Bits:
+        if self._sync is not Sync.FULL:
+            return self._freeze.snapshot
+        bits = self._freeze.snapshot.empty_copy()
+        bits.mark_all()
+        return bits

@@ -1,0 +1,178 @@
+"""The mark beside a target file that says: this backup is incomplete, do not restore from it.
+
+It is there, durably, before the first byte is copied, and goes once the target is durable. So it
+outlives a killed daemon. It also says what would complete the target; a later backup to the same
+file that does less leaves it there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+import trio
+
+from blockd.bitmap import DirtyBitmap
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".blockd-incomplete"
+
+_EXPLANATION = "An incomplete backup made by blockd: do not restore from it."
+
+#: A later bitmap of the same name, or one of another daemon's life, does not know what this one
+#: knew, so a bitmap is told by a name of our own.
+_identities: WeakKeyDictionary[DirtyBitmap, str] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapNeed:
+    """One bitmap, of which a backup must be made."""
+
+    node: str
+    name: str
+    identity: str
+
+    @classmethod
+    def of(cls, node: str, bitmap: DirtyBitmap) -> Self:
+        return cls(node, bitmap.name, _identities.setdefault(bitmap, secrets.token_hex(16)))
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What would complete a target: a full backup, or a backup of each of these bitmaps.
+
+    A successful full backup completes every target.
+    """
+
+    full: bool = False
+    bitmaps: frozenset[BitmapNeed] = frozenset()
+
+    def __bool__(self) -> bool:
+        return self.full or bool(self.bitmaps)
+
+    def __str__(self) -> str:
+        names = sorted(f"bitmap '{each.name}' of node '{each.node}'" for each in self.bitmaps)
+        return "a full backup" if self.full else f"a backup of {' and of '.join(names)}"
+
+    def plus(self, need: BitmapNeed) -> Needs:
+        """What is needed after a backup of this bitmap has begun to change the target."""
+        return self if self.full else Needs(bitmaps=self.bitmaps | {need})
+
+    def minus(self, need: BitmapNeed) -> Needs:
+        """What is still needed after a backup of this bitmap has succeeded."""
+        return Needs(self.full, self.bitmaps - {need})
+
+
+FULL = Needs(full=True)
+
+
+class IncompleteMark:
+    """The mark of one backup's target file. Every call returns when its effect is durable.
+
+    They raise ``OSError`` where the directory of the target can't be read or written.
+    """
+
+    def __init__(
+        self, target_path: str, job_id: str, *, full: bool, need: BitmapNeed | None
+    ) -> None:
+        """``full``: the backup copies everything. ``need``: the bitmap that it uses, if any."""
+        self.path = target_path + SUFFIX
+        self._job_id = job_id
+        self._full = full or need is None
+        self._need = need
+        self._needs = Needs()
+
+    async def put(self) -> None:
+        """Before anything is copied: say that the target is incomplete.
+
+        What an earlier backup left to be done stays in the mark, unless this one does it all.
+        """
+        if self._full or self._need is None:
+            await self._change(FULL)
+        else:
+            left = await trio.to_thread.run_sync(self._read)
+            await self._change(left.plus(self._need))
+
+    async def satisfy(self) -> None:
+        """After everything is durable: this backup has done its part."""
+        if self._full or self._need is None:
+            await self._change(Needs())
+        else:
+            await self._change(self._needs.minus(self._need))
+        if self._needs:
+            log.warning("'%s' stays: the target still needs %s", self.path, self._needs)
+
+    async def leave_to_bitmap(self) -> None:
+        """The backup's bitmap knows all that is missing, so no other full backup is needed."""
+        if self._needs.full and self._full and self._need is not None:
+            await self._change(Needs(bitmaps=frozenset({self._need})))
+
+    async def _change(self, needs: Needs) -> None:
+        await trio.to_thread.run_sync(self._write if needs else self._remove, needs)
+        self._needs = needs
+
+    def _read(self) -> Needs:
+        try:
+            with open(self.path, "rb") as file:
+                return _parse(json.load(file))
+        except FileNotFoundError:
+            return Needs()
+        except (ValueError, TypeError, KeyError):
+            log.warning("'%s' can't be understood, so only a full backup completes it", self.path)
+            return FULL
+
+    def _write(self, needs: Needs) -> None:
+        temporary = f"{self.path}.{secrets.token_hex(8)}"
+        try:
+            with open(temporary, "x", encoding="utf-8") as file:
+                json.dump(self._contents(needs), file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(temporary, self.path)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        self._sync_directory()
+
+    def _remove(self, _: Needs) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(self.path)
+        self._sync_directory()
+
+    def _sync_directory(self) -> None:
+        directory = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def _contents(self, needs: Needs) -> dict[str, Any]:
+        bitmaps = sorted(needs.bitmaps, key=lambda each: (each.node, each.name, each.identity))
+        return {
+            "explanation": _EXPLANATION,
+            "job": self._job_id,
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "needs": {
+                "full": needs.full,
+                "bitmaps": [
+                    {"node": each.node, "name": each.name, "identity": each.identity}
+                    for each in bitmaps
+                ],
+            },
+        }
+
+
+def _parse(contents: dict[str, Any]) -> Needs:
+    needs = contents["needs"]
+    bitmaps = (BitmapNeed(**{key: str(each[key]) for key in each}) for each in needs["bitmaps"])
+    parsed = Needs(bool(needs["full"]), frozenset(bitmaps))
+    return parsed or FULL

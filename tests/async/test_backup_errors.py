@@ -1,0 +1,400 @@
+"""What a backup does when its source or its target fails, and what its bitmap keeps then."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from blockd import limits
+from blockd.backup import BitmapMode, OnErrors, Sync
+from blockd.errors import BlockdError
+from blockd.job import OnError
+from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern, use_small_limits
+from tests.helpers.memory_driver import MemoryDriver
+
+OLD = pattern(20, 512)
+SIZE = len(OLD)
+
+ON_SUCCESS, ALWAYS, NEVER = BitmapMode.ON_SUCCESS, BitmapMode.ALWAYS, BitmapMode.NEVER
+EIO, ENOSPC = errno.EIO, errno.ENOSPC
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_small_limits(monkeypatch)
+
+
+@pytest.fixture
+def source() -> MemoryDriver:
+    return MemoryDriver(OLD)
+
+
+@pytest.fixture
+def target() -> MemoryDriver:
+    return MemoryDriver(SIZE)
+
+
+def everywhere(policy: OnError) -> OnErrors:
+    return OnErrors(source=policy, target=policy)
+
+
+def story(rig: Rig) -> list[Any]:
+    """What clients saw since the job was started."""
+    told: list[Any] = []
+    for event in rig.events[4:]:
+        if event.name == "BLOCK_JOB_ERROR":
+            told.append((event.data["operation"], event.data["action"]))
+        elif event.name == "JOB_STATUS_CHANGE":
+            told.append(event.data["status"])
+        else:
+            told.append(event.data.get("error"))
+    return told
+
+
+ENDED_WELL = ["waiting", "pending", None, "concluded", "null"]
+
+
+# As qemu-storage-daemon 10.0.2 does with errors that blkdebug injects once.
+@pytest.mark.parametrize(
+    ("number", "policy", "action"),
+    [
+        (EIO, OnError.REPORT, "report"),
+        (EIO, OnError.ENOSPC, "report"),
+        (EIO, OnError.AUTO, "report"),
+        (EIO, OnError.IGNORE, "ignore"),
+        (EIO, OnError.STOP, "stop"),
+        (ENOSPC, OnError.REPORT, "report"),
+        (ENOSPC, OnError.IGNORE, "ignore"),
+        (ENOSPC, OnError.STOP, "stop"),
+        (ENOSPC, OnError.ENOSPC, "stop"),
+        (ENOSPC, OnError.AUTO, "stop"),
+    ],
+)
+@pytest.mark.parametrize("operation", ["read", "write"])
+async def test_an_error_that_passes(
+    operation: str, number: int, policy: OnError, action: str
+) -> None:
+    source, target = MemoryDriver(OLD), MemoryDriver(SIZE)
+    fault = (source if operation == "read" else target).fail(operation, number, nth=2)
+    async with open_rig(source, target) as rig:
+        job = rig.job(Sync.FULL, on_errors=everywhere(policy))
+        await rig.start(job)
+        await wait_all_tasks_blocked()
+        if action == "stop":
+            assert job.status == "paused"
+            assert job.io_status == ("nospace" if number == ENOSPC else "failed")
+            job.resume()
+        error = await rig.finish(job)
+        told = story(rig)
+    assert fault.hits == 1
+    if action == "report":
+        assert error == ("Input/output error" if number == EIO else "No space left on device")
+        assert told == [(operation, "report"), "aborting", error, "concluded", "null"]
+    else:
+        paused = ["paused", "running"] if action == "stop" else []
+        assert told == [(operation, action), *paused, *ENDED_WELL]
+        assert error is None
+        assert target.durable == OLD
+
+
+async def test_errors_that_come_together_stop_the_job_once(
+    source: MemoryDriver, target: MemoryDriver
+) -> None:
+    target.fail("write", ENOSPC, times=4)
+    target.delay = lambda _: 50
+    async with open_rig(source, target) as rig:
+        job = rig.job(Sync.FULL, on_errors=everywhere(OnError.AUTO))
+        await rig.start(job)
+        await wait_all_tasks_blocked()
+        job.resume()
+        assert await rig.finish(job) is None
+        assert story(rig) == [("write", "stop"), "paused", "running", *ENDED_WELL]
+    assert target.data == OLD
+
+
+async def test_a_job_that_is_stopped_holds_its_bitmap_and_can_be_cancelled(
+    source: MemoryDriver, target: MemoryDriver
+) -> None:
+    target.fail("write", ENOSPC, times=100)
+    async with open_rig(source, target) as rig:
+        bitmap = rig.add_bitmap()
+        await rig.source.write(0, memoryview(b"new"))
+        job = rig.job(Sync.INCREMENTAL, "b", on_errors=everywhere(OnError.STOP))
+        await rig.start(job)
+        for _ in range(3):
+            await wait_all_tasks_blocked()
+            assert job.status == "paused"
+            assert (bitmap.busy, bitmap.count_bytes) == (True, CLUSTER)
+            job.resume()
+        await wait_all_tasks_blocked()
+        await job.cancel()
+        assert await rig.finish(job) == "Operation canceled"
+        assert bitmap.count_bytes == CLUSTER
+
+
+async def test_a_held_write_that_is_stopped_is_written_after_the_pause(
+    source: MemoryDriver, target: MemoryDriver
+) -> None:
+    source.nowait = lambda _: True
+    async with open_rig(source, target) as rig:
+        job = rig.job(Sync.FULL, speed=1, on_errors=everywhere(OnError.STOP))
+        before = await rig.start(job)
+        await wait_all_tasks_blocked()
+        target.fail("write", ENOSPC)
+        await rig.source.write(15 * CLUSTER, memoryview(b"new"))
+        await wait_all_tasks_blocked()
+        assert (job.status, job.io_status) == ("paused", "nospace")
+        job.resume()
+        job.set_speed(0)
+        assert await rig.finish(job) is None
+    assert target.data == before
+
+
+# -- errors that stay, and are ignored -----------------------------------------------------------
+
+
+class BadSectors(MemoryDriver):
+    """Reads that touch cluster 6 fail, and so do writes."""
+
+    def _bad(self, offset: int, length: int) -> None:
+        if offset < 7 * CLUSTER and offset + length > 6 * CLUSTER:
+            raise OSError(EIO, "bad sector")
+
+    async def read(self, offset: int, view: memoryview) -> None:
+        self._bad(offset, len(view))
+        await super().read(offset, view)
+
+    async def write(self, offset: int, view: memoryview) -> None:
+        self._bad(offset, len(view))
+        await super().write(offset, view)
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        self._bad(offset, length)
+        await super().write_zeroes(offset, length, unmap=unmap)
+
+
+@pytest.mark.parametrize("bad", ["source", "target", "target, zeroes"])
+@pytest.mark.parametrize(
+    ("sync", "mode"),
+    [
+        (Sync.FULL, ON_SUCCESS),
+        (Sync.FULL, ALWAYS),
+        (Sync.BITMAP, ON_SUCCESS),
+        (Sync.BITMAP, ALWAYS),
+        (Sync.BITMAP, NEVER),
+    ],
+)
+async def test_what_was_ignored_stays_dirty(sync: Sync, mode: BitmapMode, bad: str) -> None:
+    old = bytearray(OLD)
+    if bad == "target, zeroes":
+        old[4 * CLUSTER : 9 * CLUSTER] = bytes(5 * CLUSTER)
+    source = BadSectors(old) if bad == "source" else MemoryDriver(old)
+    target = MemoryDriver(SIZE) if bad == "source" else BadSectors(b"t" * SIZE)
+    async with open_rig(source, target) as rig:
+        bitmap = rig.add_bitmap()
+        bitmap.merge_from([])
+        rig.source.bitmaps.recent.append((0, SIZE))
+        job = rig.job(sync, "b", mode, on_errors=everywhere(OnError.IGNORE))
+        await rig.start(job)
+        assert await rig.finish(job) is None
+        (end,) = rig.named("BLOCK_JOB_COMPLETED")
+        kept = rig.dirty_bytes(bitmap)
+    bad_cluster = set(range(6 * CLUSTER, 7 * CLUSTER))
+    assert kept == (set(range(SIZE)) if mode is NEVER else bad_cluster)
+    assert end["len"] - end["offset"] == CLUSTER
+    assert all(target.data[at] == old[at] for at in range(SIZE) if at not in bad_cluster)
+
+
+async def test_a_guest_goes_on_where_its_old_data_can_not_be_read(target: MemoryDriver) -> None:
+    source = BadSectors(OLD)
+    async with open_rig(source, target) as rig:
+        bitmap = rig.add_bitmap()
+        job = rig.job(
+            Sync.FULL, "b", ON_SUCCESS, speed=1, on_errors=OnErrors(source=OnError.IGNORE)
+        )
+        await rig.start(job)
+        await wait_all_tasks_blocked()
+        await rig.source.discard(6 * CLUSTER, CLUSTER)
+        job.set_speed(0)
+        assert await rig.finish(job) is None
+        assert rig.dirty_bytes(bitmap) == set(range(6 * CLUSTER, 7 * CLUSTER))
+        assert rig.named("BLOCK_JOB_ERROR") == [
+            {"device": "j", "operation": "read", "action": "ignore"}
+        ]
+
+
+@pytest.mark.parametrize("policy", [OnError.REPORT, OnError.STOP])
+async def test_old_data_that_can_not_be_read_breaks_the_backup_and_not_the_guest(
+    target: MemoryDriver, policy: OnError
+) -> None:
+    source = BadSectors(OLD)
+    async with open_rig(source, target) as rig:
+        job = rig.job(Sync.FULL, speed=1, on_errors=everywhere(policy))
+        await rig.start(job)
+        await wait_all_tasks_blocked()
+        await rig.source.discard(6 * CLUSTER, CLUSTER)
+        assert await rig.finish(job) == "Input/output error"
+        assert rig.named("BLOCK_JOB_ERROR") == [
+            {"device": "j", "operation": "read", "action": "report"}
+        ]
+    assert not any(source.data[6 * CLUSTER : 7 * CLUSTER])
+
+
+# -- the end of a failed backup ------------------------------------------------------------------
+
+
+async def failed_copy(rig: Rig, sync: Sync, mode: BitmapMode) -> set[int]:
+    """Let the third chunk fail; a guest has written to two clusters in the meantime."""
+    bitmap = rig.add_bitmap()
+    rig.source.bitmaps.recent.append((0, 16 * CLUSTER))
+    fault = rig.target_driver.fail("write", EIO, nth=3)
+    third = rig.target_driver.hold("write", nth=3)
+    job = rig.job(sync, "b", mode)
+    await rig.start(job)
+    await third.reached.wait()
+    await wait_all_tasks_blocked()
+    await rig.source.write(CLUSTER, memoryview(b"new"))
+    await rig.source.write(18 * CLUSTER, memoryview(b"new"))
+    third.release()
+    assert await rig.finish(job) == "Input/output error"
+    assert fault.hits == 1
+    return {at // CLUSTER for at in rig.dirty_bytes(bitmap)}
+
+
+async def test_always_keeps_only_what_is_not_on_the_target(
+    source: MemoryDriver, target: MemoryDriver
+) -> None:
+    async with open_rig(source, target) as rig:
+        kept = await failed_copy(rig, Sync.BITMAP, ALWAYS)
+    missing = {at // CLUSTER for at in range(16 * CLUSTER) if target.durable[at] != OLD[at]}
+    assert missing | {1, 18} <= kept < {*range(16), 18}
+
+
+async def test_always_keeps_everything_where_the_target_can_not_be_flushed(
+    source: MemoryDriver, target: MemoryDriver
+) -> None:
+    target.fail("flush", EIO)
+    async with open_rig(source, target) as rig:
+        assert await failed_copy(rig, Sync.BITMAP, ALWAYS) == {*range(16), 18}
+
+
+async def test_always_keeps_the_whole_disk_where_a_full_backup_can_not_be_flushed(
+    source: MemoryDriver, target: MemoryDriver
+) -> None:
+    target.fail("flush", EIO)
+    async with open_rig(source, target) as rig:
+        assert await failed_copy(rig, Sync.FULL, ALWAYS) == set(range(21))
+
+
+@pytest.mark.parametrize("sync", [Sync.FULL, Sync.BITMAP])
+async def test_on_success_keeps_all_it_had(
+    source: MemoryDriver, target: MemoryDriver, sync: Sync
+) -> None:
+    async with open_rig(source, target) as rig:
+        assert await failed_copy(rig, sync, ON_SUCCESS) == {*range(16), 18}
+
+
+async def test_a_flush_that_fails_at_the_end_fails_the_job(
+    source: MemoryDriver, target: MemoryDriver
+) -> None:
+    target.fail("flush", ENOSPC)
+    async with open_rig(source, target) as rig:
+        bitmap = rig.add_bitmap()
+        await rig.source.write(0, memoryview(b"new"))
+        assert await rig.copy(Sync.INCREMENTAL, "b") == "No space left on device"
+        assert bitmap.count_bytes == CLUSTER
+
+
+async def test_a_cancel_while_writes_are_in_flight(
+    source: MemoryDriver, target: MemoryDriver
+) -> None:
+    target.stubborn = True
+    writes = target.hold("write")
+    async with open_rig(source, target) as rig, trio.open_nursery() as nursery:
+        bitmap = rig.add_bitmap()
+        rig.source.bitmaps.recent.append((0, 16 * CLUSTER))
+        job = rig.job(Sync.BITMAP, "b", ALWAYS)
+        await rig.start(job)
+        await writes.reached.wait()
+        nursery.start_soon(job.cancel)
+        await wait_all_tasks_blocked()
+        # Guests are free; the bitmap is not, while the target may still change.
+        await rig.source.write(0, memoryview(b"new"))
+        assert bitmap.busy
+        writes.release()
+        await rig.finish(job)
+        kept = {at // CLUSTER for at in rig.dirty_bytes(bitmap)}
+    missing = {at // CLUSTER for at in range(16 * CLUSTER) if target.durable[at] != OLD[at]}
+    assert missing | {0} <= kept
+
+
+async def test_what_was_read_while_guests_were_free_is_not_taken_for_old_data(
+    source: MemoryDriver, target: MemoryDriver
+) -> None:
+    """A disabled bitmap does not see what those guests write, so it must keep the clusters."""
+    source.stubborn = target.stubborn = True
+    async with open_rig(source, target) as rig:
+        bitmap = rig.add_bitmap()
+        rig.source.bitmaps.recent.append((0, SIZE))
+        bitmap.disable()
+        reads = source.hold("read")
+        job = rig.job(Sync.BITMAP, "b", ALWAYS)
+        await rig.start(job)
+        await reads.reached.wait()
+        job.request_cancel()
+        await wait_all_tasks_blocked()
+        await rig.source.write(0, memoryview(b"new"))
+        reads.release()
+        await rig.finish(job)
+        assert 0 in rig.dirty_bytes(bitmap)
+
+
+async def test_a_guest_write_that_hangs_does_not_keep_the_bitmap(
+    source: MemoryDriver, target: MemoryDriver, autojump_clock: MockClock
+) -> None:
+    async with open_rig(source, target) as rig, trio.open_nursery() as guests:
+        bitmap = rig.add_bitmap()
+        await rig.source.write(0, memoryview(b"new"))
+        job = rig.job(Sync.INCREMENTAL, "b")
+        await rig.start(job)
+        hangs = source.hold("write")
+        guests.start_soon(rig.source.write, 5 * CLUSTER, memoryview(b"new"))
+        await job.wait_concluded()
+        assert job.error == f"not done within {limits.JOB_CLEANUP_SECONDS} seconds"
+        assert not bitmap.busy
+        assert bitmap.count_bytes == 2 * CLUSTER
+        hangs.release()
+        job.dismiss()
+
+
+async def test_a_bitmap_in_use_refuses_the_job_at_its_start(
+    source: MemoryDriver, target: MemoryDriver
+) -> None:
+    async with open_rig(source, target) as rig:
+        bitmap = rig.add_bitmap()
+        job = rig.job(Sync.INCREMENTAL, "b")
+        pin = bitmap.pin("export")
+        with pytest.raises(BlockdError, match="in use by another operation"):
+            await rig.start(job)
+        pin.release()
+        assert not rig.source.hooked
+        assert not rig.source.users
+        assert not rig.target.users
+
+
+async def test_a_target_serves_one_backup_at_a_time(
+    source: MemoryDriver, target: MemoryDriver
+) -> None:
+    async with open_rig(source, target) as rig:
+        job = rig.job(Sync.FULL, speed=1)
+        await rig.start(job)
+        busy = "Node 'target' is busy: block device is in use by block job: backup"
+        with pytest.raises(BlockdError, match=busy):
+            rig.job(Sync.FULL)
+        await job.cancel()
+        await rig.finish(job)
+        assert rig.job(Sync.FULL) is not None
