@@ -1,0 +1,103 @@
+"""A connected socket as the transmission phase needs it: bursts in, bursts out."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import trio
+
+from blockd import limits
+from blockd.nbd.activity import Activity
+
+
+class ClientGone(Exception):  # noqa: N818 - the ordinary end of a connection
+    """The client has closed its end in the middle of something."""
+
+
+class Channel:
+    """``sock`` is connected and non-blocking. One task receives; any task may send."""
+
+    def __init__(self, sock: socket.socket, activity: Activity) -> None:
+        self._sock = sock
+        self._activity = activity
+        self._send_lock = trio.Lock()
+        self._spins = limits.NBD_SPINS_MAX
+        self._slice_ends = 0.0
+
+    # -- receiving -----------------------------------------------------------------------------
+
+    async def receive_some_into(self, view: memoryview) -> int:
+        """As ``receive_into``, where an end is not expected: raises ``ClientGone``."""
+        count = await self.receive_into(view)
+        if not count:
+            raise ClientGone
+        return count
+
+    async def receive_into(self, view: memoryview) -> int:
+        """Receive what is there, at least a byte; 0 at the end.
+
+        Fairness: a client that always has more to say lets the others in once a time slice.
+        """
+        try:
+            count = self._sock.recv_into(view)
+        except BlockingIOError:
+            return await self._receive_later(view)
+        if time.monotonic() > self._slice_ends:
+            await self._yield()
+        return count
+
+    async def _yield(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._slice_ends = time.monotonic() + limits.NBD_SLICE_SECONDS
+
+    async def _receive_later(self, view: memoryview) -> int:
+        """Spin for the next request, then wait for it.
+
+        A client with one request in flight answers a reply within microseconds; a wait through
+        the event loop costs more than that. The count of spins follows their success.
+        """
+        recv_into = self._sock.recv_into
+        if self._activity.alone:
+            for _ in range(self._spins):
+                try:
+                    count = recv_into(view)
+                except BlockingIOError:
+                    continue
+                self._spins = min(limits.NBD_SPINS_MAX, self._spins * 2)
+                if time.monotonic() > self._slice_ends:
+                    await self._yield()
+                return count
+            self._spins = max(1, self._spins // 2)
+        while True:
+            with self._activity.waiting():
+                await trio.lowlevel.wait_readable(self._sock)
+            self._slice_ends = time.monotonic() + limits.NBD_SLICE_SECONDS
+            try:
+                return recv_into(view)
+            except BlockingIOError:
+                continue
+
+    # -- sending -------------------------------------------------------------------------------
+
+    async def send_burst(self, view: memoryview) -> None:
+        """Send all of ``view``: as ``send``, without its cost where the socket takes all."""
+        if not self._send_lock.locked():
+            try:
+                sent = self._sock.send(view)
+            except BlockingIOError:
+                sent = 0
+            if sent == len(view):
+                return
+            view = view[sent:]
+        # Acquiring is the first thing `send` does, so nobody's reply gets into ours.
+        await self.send(view)
+
+    async def send(self, view: memoryview) -> None:
+        """Send all of ``view`` with nobody else's bytes in between. Raises ``OSError``."""
+        async with self._send_lock:
+            while view:
+                try:
+                    view = view[self._sock.send(view) :]
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self._sock)

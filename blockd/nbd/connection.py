@@ -1,0 +1,284 @@
+"""One client in the transmission phase: requests in, replies out.
+
+The shape of this file is what makes it fast. All complete requests of one ``recv`` are run inline
+(``_burst``) and answered with one ``send``; only a request that can't finish at once costs a task.
+Replies may leave in another order than their requests came, as NBD allows.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from enum import Enum, auto
+
+import trio
+
+from blockd import limits
+from blockd.errors import WouldBlock
+from blockd.nbd.channel import Channel, ClientGone
+from blockd.nbd.export import Export, RequestError
+from blockd.nbd.replies import SimpleReplies, StructuredReplies
+from blockd.nbd.wire import (
+    CMD_READ,
+    CMD_WRITE,
+    REQUEST,
+    REQUEST_MAGIC,
+    Cmd,
+    CmdFlag,
+    ProtocolError,
+    Request,
+    error_reply,
+    parse_request,
+)
+
+_unpack_request = REQUEST.unpack_from
+_REQUEST_BYTES = REQUEST.size
+
+
+class _Stop(Enum):
+    """Why a burst ended."""
+
+    NEED_DATA = auto()
+    NEED_ROOM = auto()
+    SLOW_REQUEST = auto()
+
+
+class Connection:
+    """Serves ``export`` to the client behind ``channel`` until that goes."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        export: Export,
+        *,
+        structured: bool,
+        early: bytes,
+    ) -> None:
+        """``early``: what the client sent behind its last option."""
+        self._channel = channel
+        self._export = export
+        self._replies = StructuredReplies() if structured else SimpleReplies()
+        self._in = bytearray(limits.NBD_RECEIVE_BUFFER_BYTES)
+        self._in_view = memoryview(self._in)
+        self._in[: len(early)] = early
+        self._early_bytes = len(early)
+        self._out = bytearray(limits.NBD_SEND_BUFFER_BYTES)
+        self._out_view = memoryview(self._out)
+        self._out_used = 0
+        self._running = 0
+        self._running_bytes = 0
+        self._one_ended = trio.Event()
+
+    async def serve(self) -> None:
+        """Return when the client has gone. Raises ``ProtocolError`` for what is no NBD."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                if not await self._receive():
+                    # The client is gone; nobody is left to hear of what still runs.
+                    nursery.cancel_scope.cancel()
+        except* (ClientGone, ConnectionError):
+            pass
+
+    async def _receive(self) -> bool:
+        """Take requests until the end; whether the client said goodbye (NBD_CMD_DISC)."""
+        start, end = 0, self._early_bytes
+        while True:
+            stop = _Stop.NEED_ROOM
+            while stop is not _Stop.NEED_DATA:
+                start, stop = self._burst(start, end)
+                if self._out_used:
+                    await self._channel.send_burst(self._out_view[: self._out_used])
+                    self._out_used = 0
+                if stop is _Stop.SLOW_REQUEST:
+                    request = parse_request(self._in_view, start)
+                    assert request is not None
+                    if request.type == Cmd.DISC:
+                        return True
+                    start, end = await self._run_slow(request, start + _REQUEST_BYTES, end)
+            if start == end:
+                start = end = 0
+            elif len(self._in) - end < limits.NBD_RECEIVE_ROOM_BYTES:
+                end -= start
+                self._in[:end] = self._in[start : start + end]
+                start = 0
+            count = await self._channel.receive_into(self._in_view[end:])
+            if not count:
+                return False
+            end += count
+
+    # -- requests that finish at once ---------------------------------------------------------
+
+    def _burst(self, start: int, end: int) -> tuple[int, _Stop]:
+        """Run the requests in ``_in[start:end]`` up to the first that can't finish at once.
+
+        Their replies are put into ``_out``. This is the hot loop: local names, no calls but
+        those that do the work. Whatever is unusual, even an error, is left to ``_run_slow``.
+        """
+        view, out, used = self._in_view, self._out_view, self._out_used
+        node, replies = self._export.node, self._replies
+        read_nowait, write_nowait = node.read_nowait, node.write_nowait
+        put_done, done_bytes = replies.put_done, replies.done_bytes
+        header_bytes = replies.data_header_bytes
+        size, room, inline = node.size_bytes, len(out), limits.NBD_STREAM_BYTES
+        # Flags with which a write may run inline: none, and none at all on such an export.
+        plain = 0 if self._export.writable and not self._export.writethrough else -1
+        stop = _Stop.NEED_DATA
+        try:
+            while end - start >= _REQUEST_BYTES:
+                magic, flags, kind, cookie, offset, length = _unpack_request(view, start)
+                data = start + _REQUEST_BYTES
+                if magic != REQUEST_MAGIC or not 0 < length <= inline or offset + length > size:
+                    stop = _Stop.SLOW_REQUEST
+                    break
+                if used + header_bytes + length > room:
+                    stop = _Stop.NEED_ROOM
+                    break
+                if kind == CMD_WRITE and flags == plain:
+                    if data + length > end:
+                        break
+                    write_nowait(offset, view[data : data + length])
+                    start = data + length
+                    put_done(out, used, cookie)
+                    used += done_bytes
+                elif kind == CMD_READ and not flags:
+                    body = used + header_bytes
+                    read_nowait(offset, out[body : body + length])
+                    start = data
+                    replies.put_data_header(out, used, cookie, offset, length)
+                    used = body + length
+                else:
+                    stop = _Stop.SLOW_REQUEST
+                    break
+        except (WouldBlock, OSError):
+            stop = _Stop.SLOW_REQUEST
+        self._out_used = used
+        return start, stop
+
+    # -- all others ---------------------------------------------------------------------------
+
+    async def _run_slow(self, request: Request, start: int, end: int) -> tuple[int, int]:
+        """Run one request whose payload, if it has one, begins at ``_in[start]``.
+
+        Returns where the buffer's unread bytes begin and end afterwards.
+        """
+        payload = request.length if request.type == CMD_WRITE else 0
+        try:
+            self._export.check(request)
+        except RequestError as refusal:
+            if payload > limits.NBD_PAYLOAD_BYTES:
+                raise ProtocolError(refusal.message) from None
+            start, end = await self._skip(payload, start, end)
+            await self._send_error(request, refusal.errno, refusal.message)
+            return start, end
+        if payload > limits.NBD_STREAM_BYTES:
+            return await self._stream_write(request, start, end)
+        if end - start < payload:
+            start, end = await self._fill(payload, start, end)
+        data = bytearray(self._in_view[start : start + payload])
+        await self._start(request, data)
+        return start + payload, end
+
+    async def _start(self, request: Request, data: bytearray) -> None:
+        """Run a checked request in a task of its own, once there is room for one more."""
+        weight = request.length if request.type in (CMD_READ, CMD_WRITE) else 0
+        while self._running >= limits.NBD_REQUESTS_IN_FLIGHT or (
+            self._running and self._running_bytes + weight > limits.NBD_BYTES_IN_FLIGHT
+        ):
+            await self._one_ended.wait()
+        self._running += 1
+        self._running_bytes += weight
+        self._nursery.start_soon(self._run, request, data, weight)
+
+    async def _run(self, request: Request, payload: bytearray, weight: int) -> None:
+        reading = request.type == CMD_READ
+        header = self._replies.data_header_bytes if reading else self._replies.done_bytes
+        try:
+            reply = bytearray(header + request.length if reading else header)
+            data = memoryview(reply)[header:] if reading else memoryview(payload)
+            try:
+                await self._export.run(request, data)
+            except OSError as error:
+                await self._send_failure(request, error)
+            else:
+                await self._send_done(request, reply)
+        finally:
+            self._running -= 1
+            self._running_bytes -= weight
+            self._one_ended.set()
+            self._one_ended = trio.Event()
+
+    async def _stream_write(self, request: Request, start: int, end: int) -> tuple[int, int]:
+        """Write a large payload piece by piece, each while it is warm in the cache."""
+        offset = request.offset
+        left = request.length
+        failure: OSError | None = None
+        while left:
+            if start == end:
+                room = self._in_view[: min(left, limits.NBD_STREAM_BYTES)]
+                start, end = 0, await self._channel.receive_some_into(room)
+            count = min(left, end - start, limits.NBD_STREAM_BYTES)
+            if failure is None:
+                failure = await self._write_piece(offset, self._in_view[start : start + count])
+            start += count
+            offset += count
+            left -= count
+        if failure is None and (request.flags & CmdFlag.FUA or self._export.writethrough):
+            try:
+                await self._export.node.flush()
+            except OSError as error:
+                failure = error
+        if failure is not None:
+            await self._send_failure(request, failure)
+        else:
+            await self._send_done(request, bytearray(self._replies.done_bytes))
+        return start, end
+
+    async def _write_piece(self, offset: int, piece: memoryview) -> OSError | None:
+        try:
+            self._export.node.write_nowait(offset, piece)
+        except WouldBlock:
+            try:
+                await self._export.node.write(offset, piece)
+            except OSError as error:
+                return error
+        except OSError as error:
+            return error
+        return None
+
+    async def _skip(self, count: int, start: int, end: int) -> tuple[int, int]:
+        """Read over a refused request's payload."""
+        while count > end - start:
+            count -= end - start
+            start = 0
+            end = await self._channel.receive_some_into(self._in_view)
+        return start + count, end
+
+    async def _fill(self, count: int, start: int, end: int) -> tuple[int, int]:
+        """Have ``count`` bytes in the buffer from ``start`` on; ``count`` fits into it."""
+        end -= start
+        self._in[:end] = self._in[start : start + end]
+        while end < count:
+            end += await self._channel.receive_some_into(self._in_view[end:])
+        return 0, end
+
+    # -- replies ------------------------------------------------------------------------------
+
+    async def _send_done(self, request: Request, data: bytearray) -> None:
+        """Send the reply of a request that succeeded; ``data`` has room for its header."""
+        view = memoryview(data)
+        if request.type == CMD_READ and not request.length:
+            view = memoryview(self._replies.empty_read(request.cookie))
+        elif request.type == CMD_READ:
+            self._replies.put_data_header(view, 0, request.cookie, request.offset, request.length)
+        else:
+            self._replies.put_done(view, 0, request.cookie)
+        await self._channel.send(view)
+
+    async def _send_failure(self, request: Request, error: OSError) -> None:
+        number = error.errno or errno.EIO
+        await self._send_error(request, number, os.strerror(number))
+
+    async def _send_error(self, request: Request, number: int, message: str) -> None:
+        reply = error_reply(request.cookie, number, message, structured=self._replies.structured)
+        await self._channel.send(memoryview(reply))

@@ -1,0 +1,130 @@
+"""An export: one node under one name, and every request's check against it."""
+
+from __future__ import annotations
+
+import errno
+
+import trio
+
+from blockd import limits
+from blockd.block import Hold, Node
+from blockd.nbd.handshake import ExportInfo
+from blockd.nbd.wire import Cmd, CmdFlag, Request, TransmissionFlag
+
+#: Flags that a command may carry; every one not named takes FUA alone, as the peer does.
+_ALLOWED_FLAGS = {
+    Cmd.READ.value: (CmdFlag.FUA | CmdFlag.DF).value,
+    Cmd.WRITE_ZEROES.value: (CmdFlag.FUA | CmdFlag.NO_HOLE).value,
+}
+_WRITING = frozenset({Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES})
+
+
+class RequestError(Exception):
+    """A request is refused before it reaches the node: ``errno`` and a sentence for the client."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.errno = number
+        self.message = message
+
+
+class Export:
+    """A node that NBD clients may open as ``name``."""
+
+    def __init__(
+        self,
+        export_id: str,
+        node: Node,
+        *,
+        name: str,
+        description: str,
+        writable: bool,
+        writethrough: bool,
+        hold: Hold,
+    ) -> None:
+        """``writethrough``: every write is flushed before its reply. ``hold``: on the node."""
+        self.id = export_id
+        self.node = node
+        self.name = name
+        self.description = description
+        self.writable = writable
+        self.writethrough = writethrough
+        self.hold = hold
+        self.shutting_down = False
+        #: One cancel scope for each connection that is past its handshake.
+        self.connections: set[trio.CancelScope] = set()
+        self.deleted = trio.Event()
+        self.multi_conn = True
+
+    def info(self) -> ExportInfo:
+        """What the handshake tells a client."""
+        flags = (
+            TransmissionFlag.HAS_FLAGS
+            | TransmissionFlag.SEND_FLUSH
+            | TransmissionFlag.SEND_FUA
+            | TransmissionFlag.SEND_DF
+        )
+        if self.writable:
+            flags |= TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES
+        else:
+            flags |= TransmissionFlag.READ_ONLY
+        if self.multi_conn:
+            flags |= TransmissionFlag.CAN_MULTI_CONN
+        return ExportInfo(
+            name=self.name,
+            description=self.description,
+            size_bytes=self.node.size_bytes,
+            flags=flags,
+            minimum_block_bytes=1,
+            preferred_block_bytes=4096,
+            maximum_block_bytes=limits.NBD_PAYLOAD_BYTES,
+        )
+
+    def check(self, request: Request) -> None:
+        """Check one request completely (proto.md, "Transmission phase"); then it may run.
+
+        Raises ``RequestError``.
+        """
+        flags, kind, _, offset, length = request
+        if kind not in (Cmd.READ, Cmd.FLUSH, *_WRITING):
+            raise RequestError(errno.EINVAL, f"invalid request type ({kind}) received")
+        if flags & ~_ALLOWED_FLAGS.get(kind, CmdFlag.FUA.value):
+            raise RequestError(errno.EINVAL, f"unsupported flags for command (got 0x{flags:x})")
+        if kind in _WRITING and not self.writable:
+            raise RequestError(errno.EPERM, "Export is read-only")
+        if kind == Cmd.FLUSH:
+            return
+        if kind in (Cmd.READ, Cmd.WRITE) and length > limits.NBD_PAYLOAD_BYTES:
+            raise RequestError(
+                errno.EINVAL,
+                f"len ({length}) is larger than max len ({limits.NBD_PAYLOAD_BYTES})",
+            )
+        if offset + length > self.node.size_bytes:
+            number = errno.ENOSPC if kind in (Cmd.WRITE, Cmd.WRITE_ZEROES) else errno.EINVAL
+            raise RequestError(
+                number,
+                f"operation past EOF; From: {offset}, Len: {length}, Size: {self.node.size_bytes}",
+            )
+
+    async def run(self, request: Request, data: memoryview) -> None:
+        """Run a checked request; ``data`` is what to write, or what to fill for a read.
+
+        Raises ``OSError``.
+        """
+        node, offset, length = self.node, request.offset, request.length
+        if request.type == Cmd.FLUSH:
+            await node.flush()
+            return
+        if not length:
+            return
+        fua = bool(request.flags & CmdFlag.FUA) or self.writethrough
+        match request.type:
+            case Cmd.READ:
+                await node.read(offset, data)
+            case Cmd.WRITE:
+                await node.write(offset, data, fua=fua)
+            case Cmd.WRITE_ZEROES:
+                unmap = not request.flags & CmdFlag.NO_HOLE
+                await node.write_zeroes(offset, length, unmap=unmap, fua=fua)
+            case Cmd.TRIM:
+                await node.discard(offset, length, fua=fua)

@@ -1,0 +1,161 @@
+"""Where an NBD server listens."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from blockd import limits
+from blockd.errors import BlockdError
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """A socket in the file system."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class InetAddress:
+    """A TCP port; ``host`` may be a name, and is then listened on at each of its addresses."""
+
+    host: str
+    port: str
+    ipv4: bool | None = None
+    ipv6: bool | None = None
+
+
+Address = UnixAddress | InetAddress
+
+
+#: The longest path that fits into an address, with its NUL.
+_UNIX_PATH_BYTES = 107
+
+
+class Listener:
+    """Non-blocking sockets that listen at one address."""
+
+    def __init__(self, sockets: Sequence[socket.socket], path: str | None = None) -> None:
+        """``path``: where the socket lies in the file system."""
+        self.sockets = sockets
+        self._path = path
+        self._identity = _identity(path)
+
+    def close(self) -> None:
+        """Stop listening; a socket in the file system is removed if it is still ours."""
+        # While it listens nobody else's file can get its inode number.
+        if self._path is not None and _identity(self._path) == self._identity:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+        for sock in self.sockets:
+            sock.close()
+
+
+def listen(address: Address) -> Listener:
+    """Listen there; may wait for a name server. Raises ``BlockdError`` with the reason."""
+    match address:
+        case UnixAddress(path):
+            return Listener([_listen_unix(path)], path)
+        case InetAddress():
+            return Listener(_listen_inet(address))
+
+
+def _identity(path: str | None) -> tuple[int, int] | None:
+    if path is None:
+        return None
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _listen_unix(path: str) -> socket.socket:
+    if len(os.fsencode(path)) > _UNIX_PATH_BYTES:
+        raise BlockdError(f"UNIX socket path '{path}' is too long")
+    if not path:
+        # The kernel would choose a name that is in no file system.
+        raise BlockdError("UNIX socket path is empty")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        # What a killed server left behind is in the way of bind; QEMU takes it away too.
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.lstat(path).st_mode):
+                os.unlink(path)
+        sock.bind(path)
+        return _listening(sock)
+    except OSError as error:
+        sock.close()
+        raise BlockdError(f"Failed to bind socket to {path}: {error.strerror}") from error
+
+
+def _listen_inet(address: InetAddress) -> Sequence[socket.socket]:
+    sockets: list[socket.socket] = []
+    unavailable: OSError | None = None
+    try:
+        for family, sockaddr in _resolve(address):
+            try:
+                sockets.append(_listen_at(family, sockaddr))
+            except OSError as error:
+                # One name may stand for addresses of which the machine has not all.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                unavailable = error
+        if not sockets and unavailable is not None:
+            raise unavailable
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        what = "find an available port" if error.errno == errno.EADDRINUSE else "bind socket"
+        raise BlockdError(f"Failed to {what}: {error.strerror}") from error
+    return sockets
+
+
+def _listen_at(family: socket.AddressFamily, sockaddr: tuple[object, ...]) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            # IPv4 has a socket of its own, so that one can be had without the other.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(sockaddr)
+        return _listening(sock)
+    except OSError:
+        sock.close()
+        raise
+
+
+def _resolve(address: InetAddress) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
+    """The addresses behind a host name, without repetition, of the families wanted.
+
+    Raises ``BlockdError``.
+    """
+    wanted = {
+        socket.AF_INET: address.ipv4 if address.ipv4 is not None else not address.ipv6,
+        socket.AF_INET6: address.ipv6 if address.ipv6 is not None else not address.ipv4,
+    }
+    refused = f"address resolution failed for {address.host}:{address.port}"
+    try:
+        found = socket.getaddrinfo(
+            address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as error:
+        raise BlockdError(f"{refused}: {error.strerror}") from error
+    except UnicodeError as error:
+        raise BlockdError(f"{refused}: Name or service not known") from error
+    rows = [(family, sockaddr) for family, _, _, _, sockaddr in found if wanted.get(family)]
+    if not rows:
+        raise BlockdError(f"{refused}: no address of the wanted family")
+    return list(dict.fromkeys(rows))
+
+
+def _listening(sock: socket.socket) -> socket.socket:
+    sock.setblocking(False)
+    sock.listen(limits.LISTEN_BACKLOG)
+    return sock
