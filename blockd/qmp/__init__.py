@@ -1,0 +1,6 @@
+"""The control plane: QMP clients and their commands."""
+
+from blockd.qmp.server import QmpServer
+from blockd.qmp.services import Services
+
+__all__ = ["QmpServer", "Services"]

@@ -1,0 +1,59 @@
+"""The table of all commands."""
+
+from __future__ import annotations
+
+from blockd.qmp.commands import backup, bitmap, block, export, job, meta
+from blockd.qmp.dispatch import Command
+from blockd.qmp.services import Services
+from blockd.qmp.session import NEGOTIATION
+from blockd.qmp.types import backup as backup_types
+from blockd.qmp.types import bitmap as bitmap_types
+from blockd.qmp.types import block as block_types
+from blockd.qmp.types import export as export_types
+from blockd.qmp.types import job as job_types
+from blockd.qmp.types import meta as meta_types
+
+
+def _query_commands(
+    _services: Services, _arguments: meta_types.QueryCommands
+) -> list[dict[str, str]]:
+    return [{"name": name} for name in (NEGOTIATION, *(command.name for command in COMMANDS))]
+
+
+COMMANDS = [
+    Command.of(meta_types.QueryCommands, _query_commands),
+    Command.of(meta_types.QueryVersion, meta.query_version),
+    Command.of(meta_types.Quit, meta.quit_daemon, concurrent=True),
+    Command("blockdev-add", block_types.BlockdevOptions, block.blockdev_add),
+    Command.of(block_types.BlockdevDel, block.blockdev_del),
+    Command.of(block_types.QueryBlock, block.query_block),
+    Command.of(block_types.QueryNamedBlockNodes, block.query_named_block_nodes, concurrent=True),
+    Command.of(bitmap_types.BlockDirtyBitmapAdd, bitmap.add),
+    Command.of(bitmap_types.BlockDirtyBitmapRemove, bitmap.remove),
+    Command.of(bitmap_types.BlockDirtyBitmapClear, bitmap.clear),
+    Command.of(bitmap_types.BlockDirtyBitmapEnable, bitmap.enable),
+    Command.of(bitmap_types.BlockDirtyBitmapDisable, bitmap.disable),
+    Command.of(bitmap_types.BlockDirtyBitmapMerge, bitmap.merge),
+    Command.of(export_types.NbdServerStart, export.nbd_server_start),
+    Command.of(export_types.NbdServerStop, export.nbd_server_stop),
+    Command("block-export-add", export_types.NbdExport, export.block_export_add),
+    Command.of(export_types.BlockExportDel, export.block_export_del),
+    Command.of(export_types.QueryBlockExports, export.query_block_exports),
+    Command.of(backup_types.DriveBackup, backup.drive_backup),
+    Command.of(backup_types.BlockdevBackup, backup.blockdev_backup),
+    Command.of(job_types.JobPause, job.pause),
+    Command.of(job_types.JobResume, job.resume),
+    Command.of(job_types.JobCancel, job.cancel, concurrent=True),
+    Command.of(job_types.JobComplete, job.complete),
+    Command.of(job_types.JobFinalize, job.finalize, concurrent=True),
+    Command.of(job_types.JobDismiss, job.dismiss),
+    Command.of(job_types.QueryJobs, job.query_jobs),
+    Command.of(job_types.BlockJobPause, job.block_pause),
+    Command.of(job_types.BlockJobResume, job.block_resume),
+    Command.of(job_types.BlockJobCancel, job.block_cancel, concurrent=True),
+    Command.of(job_types.BlockJobComplete, job.block_complete),
+    Command.of(job_types.BlockJobFinalize, job.block_finalize, concurrent=True),
+    Command.of(job_types.BlockJobDismiss, job.block_dismiss),
+    Command.of(job_types.BlockJobSetSpeed, job.block_set_speed),
+    Command.of(job_types.QueryBlockJobs, job.query_block_jobs),
+]

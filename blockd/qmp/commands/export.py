@@ -1,0 +1,80 @@
+"""The NBD server and its exports: where QMP and NBD meet."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from blockd import limits, nbd
+from blockd.errors import BlockdError
+from blockd.qmp.services import Services
+from blockd.qmp.types.export import (
+    BlockExportDel,
+    InetAddress,
+    NbdExport,
+    NbdServerStart,
+    NbdServerStop,
+    QueryBlockExports,
+    UnixAddress,
+)
+
+_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+
+
+async def nbd_server_start(services: Services, arguments: NbdServerStart) -> None:
+    settings = nbd.Settings(arguments.max_connections, arguments.handshake_max_seconds)
+    await services.nbd.start(_address(arguments.addr), settings)
+
+
+def _address(declared: InetAddress | UnixAddress) -> nbd.UnixAddress | nbd.InetAddress:
+    if isinstance(declared, UnixAddress):
+        return nbd.UnixAddress(declared.data.path)
+    data = declared.data
+    return nbd.InetAddress(data.host, data.port, data.ipv4, data.ipv6)
+
+
+async def nbd_server_stop(services: Services, _arguments: NbdServerStop) -> None:
+    await services.nbd.stop()
+
+
+def block_export_add(services: Services, arguments: NbdExport) -> None:
+    name = arguments.node_name if arguments.name is None else arguments.name
+    if not _ID.fullmatch(arguments.id):
+        raise BlockdError("Invalid block export id")
+    services.nbd.check_id(arguments.id)
+    node = services.graph.get(arguments.node_name)
+    if arguments.writable and node.read_only:
+        raise BlockdError("Cannot export read-only node as writable")
+    services.nbd.check_running()
+    for what, text in (("export name", name), ("description", arguments.description)):
+        if len(text.encode()) > limits.NBD_STRING_BYTES:
+            raise BlockdError(f"{what} '{text}' too long")
+    services.nbd.check_name(name)
+    hold = services.graph.hold(node, "an unnamed block device", writes=arguments.writable)
+    services.nbd.add(
+        nbd.Export(
+            arguments.id,
+            node,
+            name=name,
+            description=arguments.description,
+            writable=arguments.writable,
+            writethrough=arguments.writethrough,
+            hold=hold,
+        )
+    )
+
+
+async def block_export_del(services: Services, arguments: BlockExportDel) -> None:
+    await services.nbd.remove(arguments.id, hard=arguments.mode == "hard")
+
+
+def query_block_exports(services: Services, _arguments: QueryBlockExports) -> list[dict[str, Any]]:
+    return [
+        {
+            "node-name": export.node.name,
+            "shutting-down": export.shutting_down,
+            "type": "nbd",
+            "id": export.id,
+        }
+        for export in services.nbd.exports()
+    ]

@@ -1,0 +1,29 @@
+"""What the command handlers work on."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from blockd.block import Graph
+from blockd.events import Bus
+from blockd.job import Jobs
+from blockd.nbd import NbdServer
+
+
+@dataclass(slots=True)
+class Services:
+    """The parts of the daemon, as the root has put them together."""
+
+    graph: Graph
+    jobs: Jobs
+    nbd: NbdServer
+    bus: Bus
+    #: Closes the exports and ends the jobs; returns when that is done.
+    end_service: Callable[[], Awaitable[None]]
+    #: Lets the daemon end once the replies that are under way have been sent.
+    stop: Callable[[], None]
+    #: Held by the command that changes something: one at a time, as in the peer.
+    changes: trio.Lock = field(default_factory=trio.Lock)

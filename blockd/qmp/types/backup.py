@@ -1,0 +1,58 @@
+"""Backups."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from blockd.qmp.types.base import Command, Int64
+
+OnErrorName = Literal["report", "ignore", "enospc", "stop", "auto"]
+
+
+class Backup(Command, kw_only=True):
+    """What both backup commands take.
+
+    ``job-id``: what job commands and events call it. ``device``: the source's node name.
+    ``sync``: ``full`` copies the disk, ``incremental`` and ``bitmap`` what ``bitmap`` names.
+    ``bitmap-mode``: when the bitmap forgets what was copied: ``on-success`` of the whole backup,
+    ``always`` (what was copied before a failure too), ``never``. ``speed``: bytes per second, 0
+    for no limit. ``on-source-error``, ``on-target-error``: fail (``report``), go on without the
+    block, which stays dirty (``ignore``), pause (``stop``), or pause only where the target is
+    full (``enospc``, ``auto``). ``auto-finalize`` false: a successful job waits for
+    ``job-finalize``. ``auto-dismiss`` false: an ended job is listed until ``job-dismiss``.
+    """
+
+    command: ClassVar[str] = ""
+
+    job_id: str = ""
+    device: str
+    sync: Literal["full", "incremental", "bitmap"]
+    speed: Int64 = 0
+    bitmap: str | None = None
+    bitmap_mode: Literal["on-success", "always", "never"] | None = None
+    on_source_error: OnErrorName = "report"
+    on_target_error: OnErrorName = "report"
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+
+class DriveBackup(Backup, kw_only=True):
+    """Back a node up to a file while guests write on; answers when the backup has begun.
+
+    ``target``: the file. ``mode``: ``absolute-paths`` makes it (or empties it), ``existing``
+    takes it as it is, with what earlier backups put there. ``format``: the target's.
+    """
+
+    command: ClassVar[str] = "drive-backup"
+
+    target: str
+    format: str | None = None
+    mode: Literal["existing", "absolute-paths"] = "absolute-paths"
+
+
+class BlockdevBackup(Backup, kw_only=True):
+    """As drive-backup, to the node ``target``."""
+
+    command: ClassVar[str] = "blockdev-backup"
+
+    target: str

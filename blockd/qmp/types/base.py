@@ -1,0 +1,23 @@
+"""What the declarations are made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import msgspec
+from msgspec import Meta
+
+
+class Object(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, kw_only=True):
+    """A JSON object. A member whose default is None may be left out, but is never ``null``."""
+
+
+class Command(Object, kw_only=True):
+    """The arguments of the command ``command``; the docstring says what it does."""
+
+    command: ClassVar[str]
+
+
+#: Integers as wide as the peer's; ``c_type`` says how wide, and how it names an unsigned one.
+Int64 = Annotated[int, Meta(extra={"c_type": "int64"})]
+UInt32 = Annotated[int, Meta(extra={"c_type": "uint32_t"})]

@@ -1,0 +1,84 @@
+"""The NBD server and its exports."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from blockd.qmp.types.base import Command, Object, UInt32
+
+
+class InetData(Object, kw_only=True):
+    """A TCP port by number or name; by default on IPv4 and IPv6, whatever ``host`` has."""
+
+    host: str
+    port: str
+    ipv4: bool | None = None
+    ipv6: bool | None = None
+
+
+class UnixData(Object, kw_only=True):
+    """A socket in the file system."""
+
+    path: str
+
+
+class InetAddress(Object, tag_field="type", tag="inet", kw_only=True):
+    """A TCP address."""
+
+    data: InetData
+
+
+class UnixAddress(Object, tag_field="type", tag="unix", kw_only=True):
+    """A Unix socket's address."""
+
+    data: UnixData
+
+
+class NbdServerStart(Command, kw_only=True):
+    """Take NBD clients at an address.
+
+    ``max-connections``: at once; 0 for no limit. ``handshake-max-seconds``: a client that has
+    not chosen an export by then is dropped; 0 for no limit.
+    """
+
+    command: ClassVar[str] = "nbd-server-start"
+
+    handshake_max_seconds: UInt32 = 10
+    max_connections: UInt32 = 100
+    addr: InetAddress | UnixAddress
+
+
+class NbdServerStop(Command, kw_only=True):
+    """Delete all exports, disconnect their clients, and listen no more."""
+
+    command: ClassVar[str] = "nbd-server-stop"
+
+
+class NbdExport(Object, tag_field="type", tag="nbd", kw_only=True):
+    """The arguments of ``block-export-add``: an NBD export of a node.
+
+    ``name``: what clients ask for, by default the node's name. ``writethrough``: every write is
+    on stable storage before it is answered.
+    """
+
+    id: str
+    node_name: str
+    writable: bool = False
+    writethrough: bool = False
+    name: str | None = None
+    description: str = ""
+
+
+class BlockExportDel(Command, kw_only=True):
+    """Delete an export; ``hard`` disconnects its clients, ``safe`` refuses while it has some."""
+
+    command: ClassVar[str] = "block-export-del"
+
+    id: str
+    mode: Literal["safe", "hard"] = "safe"
+
+
+class QueryBlockExports(Command, kw_only=True):
+    """All exports, newest first."""
+
+    command: ClassVar[str] = "query-block-exports"

@@ -1,0 +1,121 @@
+"""Jobs. ``block-job-*`` is the older form of ``job-*``; its ``device`` is the job's id."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from blockd.qmp.types.base import Command, Int64
+
+
+class OfJob(Command, kw_only=True):
+    """A command to a job."""
+
+    command: ClassVar[str] = ""
+
+    id: str
+
+
+class JobPause(OfJob, kw_only=True):
+    """Stop copying; guest writes still save what they overwrite."""
+
+    command: ClassVar[str] = "job-pause"
+
+
+class JobResume(OfJob, kw_only=True):
+    """Go on after a pause or after an error that stopped the job."""
+
+    command: ClassVar[str] = "job-resume"
+
+
+class JobCancel(OfJob, kw_only=True):
+    """End a job without its result: its bitmap is reclaimed."""
+
+    command: ClassVar[str] = "job-cancel"
+
+
+class JobComplete(OfJob, kw_only=True):
+    """End the ``ready`` phase; backups have none."""
+
+    command: ClassVar[str] = "job-complete"
+
+
+class JobFinalize(OfJob, kw_only=True):
+    """Let a pending job end; answers when it has."""
+
+    command: ClassVar[str] = "job-finalize"
+
+
+class JobDismiss(OfJob, kw_only=True):
+    """Forget a concluded job."""
+
+    command: ClassVar[str] = "job-dismiss"
+
+
+class OfBlockJob(Command, kw_only=True):
+    """A command in the older form."""
+
+    command: ClassVar[str] = ""
+
+    device: str
+
+
+class BlockJobPause(OfBlockJob, kw_only=True):
+    """As ``job-pause``."""
+
+    command: ClassVar[str] = "block-job-pause"
+
+
+class BlockJobResume(OfBlockJob, kw_only=True):
+    """As ``job-resume``."""
+
+    command: ClassVar[str] = "block-job-resume"
+
+
+class BlockJobCancel(OfBlockJob, kw_only=True):
+    """As ``job-cancel``; a paused job only with ``force``."""
+
+    command: ClassVar[str] = "block-job-cancel"
+
+    force: bool = False
+
+
+class BlockJobComplete(OfBlockJob, kw_only=True):
+    """As ``job-complete``."""
+
+    command: ClassVar[str] = "block-job-complete"
+
+
+class BlockJobFinalize(Command, kw_only=True):
+    """As ``job-finalize``."""
+
+    command: ClassVar[str] = "block-job-finalize"
+
+    id: str
+
+
+class BlockJobDismiss(Command, kw_only=True):
+    """As ``job-dismiss``."""
+
+    command: ClassVar[str] = "block-job-dismiss"
+
+    id: str
+
+
+class BlockJobSetSpeed(OfBlockJob, kw_only=True):
+    """Limit a job's copying to ``speed`` bytes per second, 0 for no limit."""
+
+    command: ClassVar[str] = "block-job-set-speed"
+
+    speed: Int64
+
+
+class QueryJobs(Command, kw_only=True):
+    """All jobs, newest first."""
+
+    command: ClassVar[str] = "query-jobs"
+
+
+class QueryBlockJobs(Command, kw_only=True):
+    """All jobs, newest first, in the older form."""
+
+    command: ClassVar[str] = "query-block-jobs"
