@@ -1,0 +1,48 @@
+"""The README's commands, word for word, against a real daemon."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.daemon import Daemon
+from tests.helpers.nbd_client import NbdClient
+from tests.helpers.qmp_client import QmpClient
+
+README = Path(__file__).parents[2] / "README.md"
+DISK_BYTES = 1 << 20
+
+
+def commands_in_blocks(root: Path) -> list[list[dict[str, Any]]]:
+    """The README's blocks of JSON lines, their paths under ``root``."""
+    text = README.read_text().replace('"/', f'"{root}/')
+    blocks = re.findall(r"^```json\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [[json.loads(line) for line in block.splitlines()] for block in blocks]
+
+
+def carry_out(qmp: QmpClient, commands: list[dict[str, Any]]) -> None:
+    """All the commands, of which the last begins a backup; and wait for the backup."""
+    for command in commands:
+        qmp.execute(command["execute"], command.get("arguments"))
+    completed = qmp.wait_event("BLOCK_JOB_COMPLETED")
+    assert "error" not in completed["data"]
+
+
+def test_the_readme_leads_to_a_backup_like_the_disk(daemon: Daemon, tmp_path: Path) -> None:
+    for directory in ("srv/vm", "srv/backup", "run/blockd"):
+        (tmp_path / directory).mkdir(parents=True)
+    disk, backup = tmp_path / "srv/vm/disk.img", tmp_path / "srv/backup/disk.img"
+    disk.write_bytes(b"before" + bytes(DISK_BYTES - 6))
+    first, second = commands_in_blocks(tmp_path)
+    assert first[0] == {"execute": "qmp_capabilities"}
+    with QmpClient(daemon.qmp_path) as qmp:
+        carry_out(qmp, first[1:])
+        assert backup.read_bytes() == disk.read_bytes()
+        guest = NbdClient.open(str(tmp_path / "run/blockd/nbd.sock"), "disk")
+        guest.write(DISK_BYTES // 2, b"written since")
+        carry_out(qmp, second)
+        assert b"written since" in backup.read_bytes()
+        assert backup.read_bytes() == disk.read_bytes()
+        guest.close()

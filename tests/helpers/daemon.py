@@ -1,0 +1,91 @@
+"""A real blockd in a process of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+#: For starting and for ending in order: far more than either takes, so that it only bounds a hang.
+PATIENCE_SECONDS = 60
+
+
+class Daemon:
+    """``blockd --qmp unix:DIRECTORY/qmp.sock``, started, ended and killed as often as you like.
+
+    What it logs, over all its lives, is in ``DIRECTORY/blockd.log``.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.qmp_path = directory / "qmp.sock"
+        self.log_path = directory / "blockd.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def log(self) -> str:
+        return self.log_path.read_text() if self.log_path.exists() else ""
+
+    def start(self) -> None:
+        """Start the daemon; return when it says that it takes connections."""
+        assert not self.running
+        notify_path = self.directory / "notify.sock"
+        notify_path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.bind(str(notify_path))
+            with self.log_path.open("ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "blockd", "--qmp", f"unix:{self.qmp_path}"],
+                    env={**os.environ, "NOTIFY_SOCKET": str(notify_path)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
+            self._await_ready(notify)
+
+    def _await_ready(self, notify: socket.socket) -> None:
+        """Read what the daemon tells its service manager, which here is us, up to READY."""
+        ended = os.pidfd_open(self.pid)
+        try:
+            while True:
+                heard, _, _ = select.select([notify.fileno(), ended], [], [], PATIENCE_SECONDS)
+                if notify.fileno() in heard:
+                    if b"READY=1" in notify.recv(4096).split(b"\n"):
+                        return
+                    continue
+                if not heard:
+                    self.kill()
+                raise RuntimeError(f"blockd did not start:\n{self.log()}")
+        finally:
+            os.close(ended)
+
+    def wait(self) -> int:
+        """Wait for the daemon to end; return its exit status. One that hangs is killed."""
+        assert self._process is not None
+        try:
+            return self._process.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
+    def terminate(self) -> int:
+        """SIGTERM, and wait; return the exit status."""
+        os.kill(self.pid, signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """SIGKILL, and wait."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.wait()
