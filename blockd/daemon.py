@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 from collections.abc import AsyncIterator
@@ -42,6 +43,10 @@ async def run(qmp_path: str) -> None:
             await nursery.start(qmp.serve)
             nursery.start_soon(_stop_at_signal, signals, stop)
             nursery.start_soon(manager.watchdog)
+            # What is there now stays: a full garbage collection must not go through it again
+            # and again, for it would keep the loop for 10 ms and more.
+            gc.collect()
+            gc.freeze()
             _log.info("serving QMP on %s", qmp_path)
             manager.ready()
             try:

@@ -32,7 +32,7 @@ class CommandNotFoundError(BlockdError):
 
 
 class WouldBlock(Exception):  # noqa: N818 - a signal to take the other path, not an error
-    """A ``*_nowait`` call can't finish at once; it has changed nothing. Use the async call."""
+    """A ``*_nowait`` call can't finish at once; it has changed nothing. Use the async call.
 
-
-WOULD_BLOCK = WouldBlock()
+    Raise a new one each time: one that is kept collects the frames of all who raise it.
+    """

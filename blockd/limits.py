@@ -52,12 +52,18 @@ NBD_SEND_BUFFER_BYTES = 1 * MIB
 NBD_RECEIVE_ROOM_BYTES = 192 * KIB
 #: Reads and writes up to this size may run inline; larger writes are taken in such pieces.
 NBD_STREAM_BYTES = 256 * KIB
+#: Larger reads are made in pieces of this size.
+NBD_READ_PIECE_BYTES = 1 * MIB
 #: Requests of one connection that run in tasks, and the bytes they may hold together (a single
 #: request of any size may always run).
 NBD_REQUESTS_IN_FLIGHT = 64
 NBD_BYTES_IN_FLIGHT = 64 * MIB
-#: How long one connection may keep the loop before the others get their turn.
+#: How long one connection may keep the loop before the others get their turn: when no other
+#: connection has anything to do, and when one has.
 NBD_SLICE_SECONDS = 0.001
+NBD_SHARED_SLICE_SECONDS = 0.00025
+#: Requests run in one go; so many cached reads take less than that.
+NBD_BURST_REQUESTS = 512
 #: Attempts to receive before a connection waits through the event loop (about 50 µs).
 NBD_SPINS_MAX = 128
 #: A client that has not come through its handshake by then is dropped.

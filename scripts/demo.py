@@ -26,6 +26,7 @@ from pathlib import Path
 
 from tests.helpers.daemon import Daemon
 from tests.helpers.logged_guest import (
+    BEGINNING,
     SMALLEST_DISK_BYTES,
     Instant,
     LoggedGuest,
@@ -164,7 +165,7 @@ class Demo:
     def start_guest(self) -> None:
         step("A guest connects and writes, and goes on until the last backup is made")
         self.guest = LoggedGuest(self.nbd_path, "disk", self.size_bytes)
-        self.instant = self.guest.now()
+        self.instant = BEGINNING
         self.guest.wait_for_writes(1)
         say("3 writers on 3 connections: 4 to 16 KiB at random places of one eighth of the disk")
 

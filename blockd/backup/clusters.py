@@ -16,7 +16,7 @@ nobody has taken yet.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 
 import trio
@@ -34,39 +34,32 @@ _STEP_CLUSTERS = 1 << 16
 class Claim:
     """Clusters from ``first`` up to ``end`` whose old data is being read, by one task."""
 
-    __slots__ = ("_ended", "end", "first", "sweep")
+    __slots__ = ("_news", "end", "first", "sweep")
 
     def __init__(self, first: int, end: int, sweep: Sweep | None = None) -> None:
         self.first = first
         self.end = end
         #: The thread that reads them, where one reads many.
         self.sweep = sweep
-        self._ended: trio.Event | None = None
-
-    async def wait_ended(self) -> None:
-        """Return when the read has ended, well or not, or when nobody needs to wait for it."""
-        if self._ended is None:
-            self._ended = trio.Event()
-        await self._ended.wait()
+        self._news: trio.Event | None = None
 
     async def wait_read(self, cluster: int) -> None:
-        """Return as ``wait_ended`` does, or when a sweep has read more."""
-        sweep = self.sweep
-        if sweep is None:
-            await self.wait_ended()
-            return
-        async with trio.open_nursery() as nursery:
+        """Return when the read has come further or has ended, or when nobody needs to wait."""
+        if self._news is None:
+            self._news = trio.Event()
+        if self.sweep is None or self.sweep.tell_when_read(cluster, self.wake_waiters):
+            await self._news.wait()
 
-            async def until(wait: Callable[[], Awaitable[None]]) -> None:
-                await wait()
-                nursery.cancel_scope.cancel()
+    def wake_waiters(self) -> None:
+        if self._news is not None:
+            self._news.set()
+            self._news = None
 
-            nursery.start_soon(until, self.wait_ended)
-            nursery.start_soon(until, lambda: sweep.wait_read(cluster))
-
-    def release_waiters(self) -> None:
-        if self._ended is not None:
-            self._ended.set()
+    def abandon(self) -> None:
+        """What is read from now on is of no use to anybody."""
+        if self.sweep is not None:
+            self.sweep.stop()
+        self.wake_waiters()
 
 
 class Clusters:
@@ -245,7 +238,7 @@ class Clusters:
     def _end(self, claim: Claim) -> None:
         for cluster in range(claim.first, claim.end):
             del self.reading[cluster]
-        claim.release_waiters()
+        claim.wake_waiters()
 
     def _conclude(self, count: int) -> None:
         self._concluded += count

@@ -96,8 +96,8 @@ class Copier:
 
     async def _copy_pending(self) -> None:
         """One worker. Its buffer serves for everything it copies."""
-        size_bytes = max(limits.BACKUP_CHUNK_BYTES, self._clusters.cluster_bytes)
-        buffer = memoryview(mmap.mmap(-1, size_bytes))
+        step_bytes = self._step << self._clusters.shift
+        buffer = memoryview(mmap.mmap(-1, max(limits.BACKUP_CHUNK_BYTES, step_bytes)))
         while True:
             if not await self._feeder.look_ahead():
                 await self._clusters.wait_given_back()

@@ -68,7 +68,11 @@ class HeldStore:
         try:
             await waiter.woken.wait()
         except trio.Cancelled:
-            self._waiting.remove(waiter)
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            elif waiter.slot is not None:
+                # It was given one when it was cancelled already.
+                self.free(waiter.slot)
             raise
         return waiter.slot
 

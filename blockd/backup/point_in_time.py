@@ -73,7 +73,7 @@ class PointInTime:
         self.abandoned = True
         self._held.release_waiters()
         for claim in self._clusters.reading.values():
-            claim.release_waiters()
+            claim.abandon()
 
     # -- inline ------------------------------------------------------------------------------
 
@@ -189,8 +189,16 @@ class PointInTime:
             clusters.give_back(claim)
             raise
         else:
-            clusters.settle(claim)
-            self._held.put(slot, OldData(cluster, cluster + 1, view))
+            self._put(slot, claim, view)
+
+    def _put(self, slot: int, claim: Claim, view: memoryview) -> None:
+        if self.abandoned:
+            # Once guests are let go, what was read may be newer than the start.
+            self._held.free(slot)
+            self._clusters.give_back(claim)
+        else:
+            self._clusters.settle(claim)
+            self._held.put(slot, OldData(claim.first, claim.end, view))
 
     async def _read(self, offset: int, view: memoryview) -> None:
         try:

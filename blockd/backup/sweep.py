@@ -44,8 +44,7 @@ class Sweep:
         # `_read` are in the thread's buffer or on the target, `_end` is where the thread stops.
         self._begun = self._read = first
         self._end = end
-        self._read_more = trio.Event()
-        self._wanted = False
+        self._tell: Callable[[], None] | None = None
         self._token = trio.lowlevel.current_trio_token()
         self._first = first
 
@@ -67,7 +66,8 @@ class Sweep:
             except OSError:
                 break
             written = end
-        target.begin_writeback(self._first << self._shift, self._length(self._first, written))
+        if written > self._first:
+            target.begin_writeback(self._first << self._shift, self._length(self._first, written))
         return Swept(self._first, written, self._read)
 
     def _begin(self) -> tuple[int, int] | None:
@@ -81,13 +81,9 @@ class Sweep:
     def _note_read(self, end: int) -> None:
         with self._lock:
             self._read = end
-            if self._wanted:
-                self._wanted = False
-                self._token.run_sync_soon(self._wake)
-
-    def _wake(self) -> None:
-        self._read_more.set()
-        self._read_more = trio.Event()
+            if self._tell is not None:
+                self._token.run_sync_soon(self._tell)
+                self._tell = None
 
     # -- on the loop -------------------------------------------------------------------------
 
@@ -101,14 +97,21 @@ class Sweep:
         with self._lock:
             if cluster < self._begun:
                 return False
-            self._end = cluster
+            self._end = min(self._end, cluster)
             return True
 
-    async def wait_read(self, cluster: int) -> None:
-        """Wait until the thread has read more, where it is reading ``cluster`` now."""
+    def tell_when_read(self, cluster: int, tell: Callable[[], None]) -> bool:
+        """Call ``tell``, the same for everybody, when the thread has read more.
+
+        False: it has read ``cluster``. It may end before it has.
+        """
         with self._lock:
             if cluster < self._read:
-                return
-            self._wanted = True
-            read_more = self._read_more
-        await read_more.wait()
+                return False
+            self._tell = tell
+            return True
+
+    def stop(self) -> None:
+        """Let the thread finish what it has begun, and nothing else."""
+        with self._lock:
+            self._end = self._begun

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
-from blockd.errors import WOULD_BLOCK
+import trio
+
+from blockd.errors import WouldBlock
 
 if TYPE_CHECKING:
     # It stands on system calls that speak of allocation, as this module defines it.
     from blockd.block.allocation import Allocation
 from blockd.block.descriptor import Descriptor
+
+_Result = TypeVar("_Result")
 
 
 class Driver(ABC):
@@ -45,13 +49,20 @@ class Driver(ABC):
         """The bytes by a descriptor, where reading (or writing) that way is the same thing."""
         return None
 
+    async def write_by(self, offset: int, length: int, call: Callable[[], _Result]) -> _Result:
+        """Run ``call``, which writes to the range by ``descriptor``, in a worker thread.
+
+        A thread that runs is not cancelled.
+        """
+        return await trio.to_thread.run_sync(call)
+
     def read_nowait(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset`` at once, or raise ``WouldBlock`` (view then undefined)."""
-        raise WOULD_BLOCK
+        raise WouldBlock
 
     def write_nowait(self, offset: int, view: memoryview) -> None:
         """Write ``view`` at ``offset`` at once, or raise ``WouldBlock`` having written nothing."""
-        raise WOULD_BLOCK
+        raise WouldBlock
 
     @abstractmethod
     async def read(self, offset: int, view: memoryview) -> None:

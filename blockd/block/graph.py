@@ -154,10 +154,12 @@ class Graph:
                     await self.remove(child)
 
     async def close(self) -> None:
-        """Remove every node, from the top down; errors of flushing are raised at the end."""
+        """Remove every node, from the top down; errors of flushing are raised at the end.
+
+        Those that somebody still uses, such as a job that does not end, are left.
+        """
         errors: list[Exception] = []
-        while self._nodes:
-            node = next(node for node in self if not node.users)
+        while (node := next((node for node in self if not node.users), None)) is not None:
             try:
                 await self.remove(node)
             except OSError as error:

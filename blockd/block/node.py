@@ -7,8 +7,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol, TypeVar
 
-import trio
-
 from blockd import limits
 from blockd.bitmap import NodeBitmaps
 from blockd.block.allocation import Allocation
@@ -16,7 +14,7 @@ from blockd.block.descriptor import Descriptor
 from blockd.block.driver import Driver
 from blockd.block.inflight import Gate
 from blockd.block.permissions import Users
-from blockd.errors import WOULD_BLOCK
+from blockd.errors import WouldBlock
 
 _Result = TypeVar("_Result")
 
@@ -87,7 +85,7 @@ class Node:
             self.write_nowait = self.driver.write_nowait
 
     def _refuse(self, offset: int, view: memoryview) -> None:
-        raise WOULD_BLOCK
+        raise WouldBlock
 
     def _note(self, offset: int, length: int) -> None:
         recent = self.bitmaps.recent
@@ -102,7 +100,7 @@ class Node:
     def _write_hooked(self, offset: int, view: memoryview) -> None:
         for hook in self._hooks:
             if not hook.before_write_nowait(offset, len(view)):
-                raise WOULD_BLOCK
+                raise WouldBlock
         self._write_noted(offset, view)
 
     # -- the async paths ---------------------------------------------------------------------
@@ -122,16 +120,18 @@ class Node:
             self._gate.leave()
 
     def descriptor(self, *, write: bool) -> Descriptor | None:
-        """The node's bytes by a descriptor, where no bitmap or view needs to know of the write."""
-        if write and (self.read_only or self._hooks or self.bitmaps.any_recording):
+        """The node's bytes by a descriptor, where it has one; what writes to it is ``write_by``."""
+        if write and self.read_only:
             return None
         return self.driver.descriptor(write=write)
 
     async def write_by(self, offset: int, length: int, call: Callable[[], _Result]) -> _Result:
-        """Run ``call`` in a worker thread as a write of the range, by ``descriptor``."""
+        """Run ``call`` in a worker thread: it writes to the range by ``descriptor``, and nowhere
+        else. For the bitmaps and views of this node, and of those below, all of it is written.
+        """
         await self._enter_write(offset, length)
         try:
-            return await trio.to_thread.run_sync(call)
+            return await self.driver.write_by(offset, length, call)
         finally:
             self._gate.leave()
 

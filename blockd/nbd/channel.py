@@ -44,12 +44,19 @@ class Channel:
         except BlockingIOError:
             return await self._receive_later(view)
         if time.monotonic() > self._slice_ends:
-            await self._yield()
+            await self.end_turn()
         return count
 
-    async def _yield(self) -> None:
+    async def end_turn(self) -> None:
+        """Let the other connections have theirs."""
         await trio.lowlevel.checkpoint()
-        self._slice_ends = time.monotonic() + limits.NBD_SLICE_SECONDS
+        self._begin_slice()
+
+    def _begin_slice(self) -> None:
+        """Shorter where others wait too: each of them waits for the slices of all."""
+        alone = self._activity.alone
+        seconds = limits.NBD_SLICE_SECONDS if alone else limits.NBD_SHARED_SLICE_SECONDS
+        self._slice_ends = time.monotonic() + seconds
 
     async def _receive_later(self, view: memoryview) -> int:
         """Spin for the next request, then wait for it.
@@ -66,13 +73,13 @@ class Channel:
                     continue
                 self._spins = min(limits.NBD_SPINS_MAX, self._spins * 2)
                 if time.monotonic() > self._slice_ends:
-                    await self._yield()
+                    await self.end_turn()
                 return count
             self._spins = max(1, self._spins // 2)
         while True:
             with self._activity.waiting():
                 await trio.lowlevel.wait_readable(self._sock)
-            self._slice_ends = time.monotonic() + limits.NBD_SLICE_SECONDS
+            self._begin_slice()
             try:
                 return recv_into(view)
             except BlockingIOError:
@@ -93,11 +100,19 @@ class Channel:
         # Acquiring is the first thing `send` does, so nobody's reply gets into ours.
         await self.send(view)
 
-    async def send(self, view: memoryview) -> None:
-        """Send all of ``view`` with nobody else's bytes in between. Raises ``OSError``."""
+    async def send(self, *views: memoryview) -> None:
+        """Send all of ``views`` with nobody else's bytes in between. Raises ``OSError``."""
         async with self._send_lock:
-            while view:
-                try:
-                    view = view[self._sock.send(view) :]
-                except BlockingIOError:
-                    await trio.lowlevel.wait_writable(self._sock)
+            for view in views:
+                await self._send(view)
+
+    async def _send(self, view: memoryview) -> None:
+        while view:
+            try:
+                view = view[self._sock.send(view) :]
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._sock)
+            else:
+                # A client that takes it as fast as it comes is served in turns too.
+                if view and time.monotonic() > self._slice_ends:
+                    await self.end_turn()

@@ -107,7 +107,7 @@ class Export:
             )
 
     async def run(self, request: Request, data: memoryview) -> None:
-        """Run a checked request; ``data`` is what to write, or what to fill for a read.
+        """Run a checked request that returns no data; ``data`` is what a WRITE brings.
 
         Raises ``OSError``.
         """
@@ -119,8 +119,6 @@ class Export:
             return
         fua = bool(request.flags & CmdFlag.FUA) or self.writethrough
         match request.type:
-            case Cmd.READ:
-                await node.read(offset, data)
             case Cmd.WRITE:
                 await node.write(offset, data, fua=fua)
             case Cmd.WRITE_ZEROES:

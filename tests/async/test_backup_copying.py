@@ -8,6 +8,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from blockd import limits
 from blockd.backup import BitmapMode, Sync
+from blockd.backup.clusters import Clusters
 from blockd.backup.held import HeldStore
 from tests.helpers.backup_rig import CLUSTER, open_rig, pattern, use_small_limits
 from tests.helpers.memory_driver import MemoryDriver
@@ -227,6 +228,16 @@ async def test_a_cancelled_guest_write_leaves_its_cluster_to_the_workers(
         reads.release()
         assert await rig.finish(job) is None
     assert target.data == before == source.data
+
+
+async def test_who_is_about_to_wait_for_a_read_hears_that_it_has_ended(
+    autojump_clock: MockClock,
+) -> None:
+    clusters = Clusters(SIZE, CLUSTER, None)
+    claim = clusters.claim(0, 4)
+    clusters.give_back(claim)
+    with trio.fail_after(1):
+        await claim.wait_ended()
 
 
 async def test_a_full_store_makes_guests_wait(source: MemoryDriver, target: MemoryDriver) -> None:

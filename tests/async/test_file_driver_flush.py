@@ -122,6 +122,12 @@ async def test_a_flush_that_was_cancelled_stands_for_no_other(
     assert flushes.results == {1: None, 3: None}
 
 
+async def test_a_device_that_can_not_be_synced_has_nothing_to_flush() -> None:
+    driver = open_image("/dev/null", driver="host_device")
+    await driver.flush()
+    await driver.close()
+
+
 @pytest.mark.parametrize(("flushes", "read_only"), [(False, False), (True, True)])
 async def test_a_flush_may_have_nothing_to_do(
     tmp_path: Path, slow_sync: SlowCall, *, flushes: bool, read_only: bool

@@ -173,6 +173,30 @@ async def test_the_largest_requests_work(rig: Rig, *, structured: bool) -> None:
     await in_thread(converse)
 
 
+async def test_a_large_read_takes_no_large_piece_of_memory(rig: Rig) -> None:
+    driver = WatchedDriver(LARGE_BYTES)
+    rig.export(rig.node("large", driver))
+    client = await rig.client("large")
+    await in_thread(lambda: client.read(1000, limits.NBD_PAYLOAD_BYTES))
+    assert max(extent.length for extent in driver.reads) <= limits.NBD_READ_PIECE_BYTES
+
+
+@pytest.mark.parametrize("nth", [1, 3, 5])
+async def test_a_large_read_that_fails_midway_has_no_data(
+    rig: Rig, nth: int, *, structured: bool
+) -> None:
+    driver = WatchedDriver(LARGE_BYTES)
+    rig.export(rig.node("large", driver))
+    client = await rig.client("large", structured=structured)
+    driver.fail("read", errno.EIO, nth=nth)
+
+    def converse() -> None:
+        assert refusal(lambda: client.read(0, 5 * MIB))[0] == Errno.EIO
+        assert client.read(0, 5 * MIB) == bytes(5 * MIB)
+
+    await in_thread(converse)
+
+
 async def test_a_client_says_goodbye_after_its_last_answer(
     client: NbdClient, driver: WatchedDriver
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -242,6 +243,35 @@ async def test_garbage_in_the_handshake_ends_its_own_connection_alone(
     client = await rig.connect()
     await client.send_until_cut_off(garbage)
     assert await other.read(0, 4) == bytes(4)
+
+
+def damaged(rng: random.Random) -> bytes:
+    """Requests of which one has wrong bytes, or a few too many or too few."""
+    stream = bytearray()
+    for cookie in range(rng.randrange(1, 20)):
+        length = rng.choice([0, 1, 512, 5000])
+        kinds = [Call(Cmd.READ, 0, length), Call(Cmd.WRITE, 0, data=bytes(length))]
+        stream += request_bytes(rng.choice([*kinds, Call(rng.randrange(9), 0, length)]), cookie)
+    at = rng.randrange(len(stream))
+    stream[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+    return bytes(stream)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_streams_with_some_damage_do_no_harm(
+    rig: Rig, seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = random.Random(seed)
+    for _ in range(15):
+        client = await rig.raw(structured=rng.randrange(2) == 0)
+        goodbye = request_bytes(Call(Cmd.DISC), 0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.send_until_cut_off, damaged(rng) + goodbye * 300)
+            # It may still wait for the rest of a write.
+            await wait_all_tasks_blocked()
+            await client.stream.send_eof()
+    await still_serves(rig)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 async def test_a_refused_payload_is_read_over(rig: Rig) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import weakref
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
 from blockd import limits
-from blockd.block import Node
 from blockd.bitmap import DirtyBitmap
+from blockd.block import Node
 from blockd.errors import WouldBlock
 from blockd.extent import Extent
 from tests.helpers.watched_driver import WatchedDriver
@@ -241,6 +243,19 @@ async def test_an_inline_write_is_refused_while_quiesced(
     assert driver.seen == []
     node.write_nowait(0, DATA)
     assert driver.seen == ["write"]
+
+
+async def test_a_write_that_is_refused_leaves_nothing_behind(node: Node) -> None:
+    view = memoryview(bytearray(10))
+    kept = weakref.ref(view)
+    async with node.quiesced():
+        with suppress(WouldBlock):
+            node.write_nowait(0, view)
+    await hook_in(node, Hook([], safe=False))
+    with suppress(WouldBlock):
+        node.write_nowait(0, view)
+    del view
+    assert kept() is None
 
 
 async def test_a_write_that_the_driver_can_not_do_inline_stays_to_be_done(

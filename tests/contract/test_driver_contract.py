@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -172,6 +173,17 @@ async def test_allocation_says_something_about_every_byte(
         runs = await subject.driver.allocation(offset, size - offset)
         offset = runs[-1].extent.end
     assert offset == size
+
+
+async def test_a_call_that_would_block_keeps_nothing(subject: Subject) -> None:
+    """Not even in the traceback of what it raises: there are many such calls."""
+    view = memoryview(bytearray(10))
+    kept = weakref.ref(view)
+    for call in (subject.driver.read_nowait, subject.driver.write_nowait):
+        with suppress(WouldBlock):
+            call(0, view)
+    del view
+    assert kept() is None
 
 
 # --- at the same time -------------------------------------------------------------------------

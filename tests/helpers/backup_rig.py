@@ -24,10 +24,13 @@ PATIENCE_SECONDS = 200
 
 
 def use_small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clusters of 1 KiB, chunks of 4, and room for 4 clusters of held data."""
+    """Clusters of 1 KiB, chunks of 4, sweeps of 8, and room for 4 clusters of held data."""
     monkeypatch.setattr(limits, "BACKUP_CLUSTER_BYTES", CLUSTER)
     monkeypatch.setattr(limits, "BACKUP_CHUNK_BYTES", 4 * CLUSTER)
     monkeypatch.setattr(limits, "BACKUP_CHUNK_BUSY_BYTES", 2 * CLUSTER)
+    monkeypatch.setattr(limits, "BACKUP_SWEEP_BYTES", 8 * CLUSTER)
+    monkeypatch.setattr(limits, "BACKUP_SWEEP_BUSY_BYTES", 4 * CLUSTER)
+    monkeypatch.setattr(limits, "BACKUP_STEP_BYTES", 2 * CLUSTER)
     monkeypatch.setattr(limits, "BACKUP_MAP_BYTES", 8 * CLUSTER)
     monkeypatch.setattr(limits, "HELD_BYTES_LIMIT", 4 * CLUSTER)
     monkeypatch.setattr(limits, "HOLE_SEARCH_CLUSTERS", 3)

@@ -67,6 +67,8 @@ class Daemon:
                     continue
                 if not heard:
                     self.kill()
+                else:
+                    self.wait()
                 raise RuntimeError(f"blockd did not start:\n{self.log()}")
         finally:
             os.close(ended)

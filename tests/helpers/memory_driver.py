@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 import trio
 
 from blockd.block import Allocation, Driver
-from blockd.errors import WOULD_BLOCK
+from blockd.errors import WouldBlock
 from blockd.extent import Extent
 
 #: What a failed write leaves in the first half of its range.
@@ -82,6 +83,8 @@ class MemoryDriver(Driver):
         self.nowait: Callable[[str], bool] = lambda _: False
         #: Asked before each other call: how many turns the scheduler gets before it ends.
         self.delay: Callable[[str], int] = lambda _: 0
+        #: Whatever reads or writes one of these bytes fails with EIO.
+        self.bad = range(0)
         #: Like one in a worker thread, an operation can't be cancelled; it ends as if it were not.
         self.stubborn = False
         self._page_bytes = page_bytes
@@ -90,9 +93,9 @@ class MemoryDriver(Driver):
 
     # -- the script --------------------------------------------------------------------------
 
-    def fail(self, operation: str, errno: int, *, nth: int = 1, times: int = 1) -> Fault:
-        """Let an operation fail, counted from now on."""
-        fault = Fault(operation, self.counts[operation] + nth, errno, times)
+    def fail(self, operation: str, number: int, *, nth: int = 1, times: int = 1) -> Fault:
+        """Let an operation fail with an errno, counted from now on."""
+        fault = Fault(operation, self.counts[operation] + nth, number, times)
         self._faults.append(fault)
         return fault
 
@@ -114,12 +117,12 @@ class MemoryDriver(Driver):
 
     def read_nowait(self, offset: int, view: memoryview) -> None:
         if not self.nowait("read"):
-            raise WOULD_BLOCK
+            raise WouldBlock
         self._fill(self._count("read"), offset, view)
 
     def write_nowait(self, offset: int, view: memoryview) -> None:
         if not self.nowait("write"):
-            raise WOULD_BLOCK
+            raise WouldBlock
         self._change("write", self._count("write"), offset, bytes(view))
 
     async def read(self, offset: int, view: memoryview) -> None:
@@ -181,6 +184,10 @@ class MemoryDriver(Driver):
                 await trio.lowlevel.checkpoint()
         return count
 
+    def _check_sectors(self, offset: int, length: int) -> None:
+        if max(offset, self.bad.start) < min(offset + length, self.bad.stop):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
     def _raise_fault(self, operation: str, count: int) -> None:
         for fault in self._faults:
             if fault.strikes(operation, count):
@@ -188,6 +195,7 @@ class MemoryDriver(Driver):
 
     def _fill(self, count: int, offset: int, view: memoryview) -> None:
         self._raise_fault("read", count)
+        self._check_sectors(offset, len(view))
         self.reads.append(Extent(offset, len(view)))
         view[:] = self.data[offset : offset + len(view)]
 
@@ -196,6 +204,7 @@ class MemoryDriver(Driver):
         assert 0 <= offset <= offset + len(data) <= self.size_bytes
         try:
             self._raise_fault(operation, count)
+            self._check_sectors(offset, len(data))
         except OSError:
             half = (len(data) + 1) // 2
             self.data[offset : offset + half] = bytes([TORN]) * half

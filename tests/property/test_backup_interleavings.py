@@ -24,6 +24,7 @@ from blockd.errors import BlockdError, WouldBlock
 from blockd.job import OnError, Status
 from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, use_small_limits
 from tests.helpers.memory_driver import Fault, MemoryDriver
+from tests.helpers.threaded_memory import ThreadedMemory
 
 ON_SUCCESS, ALWAYS, NEVER = BitmapMode.ON_SUCCESS, BitmapMode.ALWAYS, BitmapMode.NEVER
 
@@ -278,11 +279,11 @@ class Run:
             job.request_cancel()
 
 
-async def run(program: Program) -> Outcome:
+async def run(program: Program, disk: type[MemoryDriver]) -> Outcome:
     """Play a program and check all that is promised."""
     size = len(program.content) * CLUSTER - 512
     content = b"".join(bytes([byte]) * CLUSTER for byte in program.content)[:size]
-    source, target = MemoryDriver(content), MemoryDriver(content)
+    source, target = disk(content), disk(content)
     async with open_rig(source, target) as rig:
         playing = Run(program, rig)
         outcome = await playing.play()
@@ -297,13 +298,24 @@ async def run(program: Program) -> Outcome:
 def play(program: Program) -> Outcome:
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_small_limits(monkeypatch)
-        return trio.run(run, program, clock=MockClock(autojump_threshold=0))
+        return trio.run(run, program, MemoryDriver, clock=MockClock(autojump_threshold=0))
 
 
 @settings(max_examples=400, deadline=None)
 @given(programs())
 def test_no_interleaving_loses_a_change(program: Program) -> None:
     play(program)
+
+
+@settings(max_examples=150, deadline=None)
+@given(programs())
+def test_threads_lose_no_change_either(program: Program) -> None:
+    """By the real clock, so nothing here waits for it: no speed, and nobody who resumes a job."""
+    if program.policy is not OnError.IGNORE:
+        program = replace(program, policy=OnError.REPORT)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_small_limits(monkeypatch)
+        trio.run(run, replace(program, speed=0), ThreadedMemory)
 
 
 # -- every I/O fails once --------------------------------------------------------------------------

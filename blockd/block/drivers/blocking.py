@@ -42,6 +42,16 @@ def write(fd: int, offset: int, view: memoryview) -> None:
         done += os.pwrite(fd, view[done:], offset + done)
 
 
+def sync(fd: int) -> None:
+    """Bring all that was written to stable storage. Raises ``OSError``."""
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        # "A special file which does not support synchronization", such as /dev/null: fsync(2).
+        if error.errno != errno.EINVAL:
+            raise
+
+
 def begin_writeback(fd: int, offset: int, length: int) -> None:
     """Begin to write the range's dirty pages to the disk; only a hint, so errors don't count."""
     with suppress(OSError):

@@ -11,7 +11,7 @@ from blockd import limits
 from blockd.block.drivers import blocking
 from blockd.block.drivers.file import FileDriver
 from blockd.block.inflight import Reservations
-from blockd.errors import WOULD_BLOCK, BlockdError
+from blockd.errors import BlockdError, WouldBlock
 from blockd.extent import Extent
 
 
@@ -36,10 +36,10 @@ class DirectFileDriver(FileDriver):
         """None: the I/O must be aligned."""
 
     def read_nowait(self, offset: int, view: memoryview) -> None:
-        raise WOULD_BLOCK
+        raise WouldBlock
 
     def write_nowait(self, offset: int, view: memoryview) -> None:
-        raise WOULD_BLOCK
+        raise WouldBlock
 
     def _blocks(self, offset: int, length: int) -> Extent:
         align = self._alignment_bytes

@@ -21,7 +21,7 @@ from blockd.block.allocation import Allocation
 from blockd.block.descriptor import Descriptor
 from blockd.block.driver import Driver
 from blockd.block.drivers import blocking
-from blockd.errors import WOULD_BLOCK
+from blockd.errors import WouldBlock
 
 _Result = TypeVar("_Result")
 
@@ -85,18 +85,18 @@ class FileDriver(Driver):
 
     def read_nowait(self, offset: int, view: memoryview) -> None:
         if not self._reads_inline:
-            raise WOULD_BLOCK
+            raise WouldBlock
         try:
             done = os.preadv(self._fd, (view,), offset, os.RWF_NOWAIT)
         except BlockingIOError:
-            raise WOULD_BLOCK from None
+            raise WouldBlock from None
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
             self._reads_inline = False
-            raise WOULD_BLOCK from None
+            raise WouldBlock from None
         if done != len(view):
-            raise WOULD_BLOCK
+            raise WouldBlock
 
     def write_nowait(self, offset: int, view: memoryview) -> None:
         """A buffered write has no NOWAIT on most file systems, so it is watched instead.
@@ -106,7 +106,7 @@ class FileDriver(Driver):
         write: longer each time, as the write may only have lost the processor for once.
         """
         if self._writes_inline_from_ns and time.monotonic_ns() < self._writes_inline_from_ns:
-            raise WOULD_BLOCK
+            raise WouldBlock
         started_ns = time.monotonic_ns()
         done = os.pwrite(self._fd, view, offset)
         ended_ns = time.monotonic_ns()
@@ -128,6 +128,9 @@ class FileDriver(Driver):
 
     async def _in_thread(self, call: Callable[[], _Result]) -> _Result:
         return await trio.to_thread.run_sync(call, limiter=self._threads)
+
+    async def write_by(self, offset: int, length: int, call: Callable[[], _Result]) -> _Result:
+        return await self._in_thread(call)
 
     async def read(self, offset: int, view: memoryview) -> None:
         await self._in_thread(lambda: blocking.read(self._fd, offset, view))
@@ -206,7 +209,7 @@ class FileDriver(Driver):
         self._flushes_begun += 1
         number = self._flushes_begun
         try:
-            await self._in_thread(lambda: os.fdatasync(self._fd))
+            await self._in_thread(lambda: blocking.sync(self._fd))
         except OSError as error:
             self._flush_error = error
         else:

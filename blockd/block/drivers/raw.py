@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from blockd.block.allocation import Allocation
 from blockd.block.descriptor import Descriptor
@@ -12,6 +12,8 @@ from blockd.block.driver import Driver
 from blockd.block.node import Node
 from blockd.errors import BlockdError
 from blockd.extent import Extent
+
+_Result = TypeVar("_Result")
 
 
 class RawDriver(Driver):
@@ -61,6 +63,9 @@ class RawDriver(Driver):
     def descriptor(self, *, write: bool) -> Descriptor | None:
         below = self.child.descriptor(write=write)
         return None if below is None else Descriptor(below.fd, below.start + self.offset_bytes)
+
+    async def write_by(self, offset: int, length: int, call: Callable[[], _Result]) -> _Result:
+        return await self.child.write_by(offset + self.offset_bytes, length, call)
 
     def read_nowait(self, offset: int, view: memoryview) -> None:
         self.child.read_nowait(offset + self.offset_bytes, view)
