@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import signal
+import threading
 from collections.abc import AsyncIterator
 
 import trio
@@ -25,38 +27,75 @@ async def run(qmp_path: str) -> None:
 
     Raises ``BlockdError`` where the socket can't be had.
     """
+    last_resort = threading.Timer(limits.LAST_RESORT_SECONDS, _exit_at_once)
+    last_resort.daemon = True
+    try:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async with trio.open_nursery() as nursery:
+                await _serve(qmp_path, nursery, signals, last_resort)
+                nursery.cancel_scope.cancel()
+    finally:
+        last_resort.cancel()
+
+
+async def _serve(
+    qmp_path: str, nursery: trio.Nursery, signals: AsyncIterator[int], last_resort: threading.Timer
+) -> None:
     manager = ServiceManager()
-    stop = trio.Event()
     bus = Bus()
-    graph = Graph()
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        async with trio.open_nursery() as nursery:
-            jobs = Jobs(nursery, bus)
-            nbd = NbdServer(nursery, bus)
+    stop, ended = trio.Event(), trio.Event()
 
-            async def end_service() -> None:
-                manager.stopping()
-                await nbd.close()
-                await jobs.cancel_all(limits.SHUTDOWN_SECONDS)
+    async def end_service() -> None:
+        """The first who asks for the end brings it about, the others wait for it."""
+        if not services.ending:
+            services.ending = True
+            manager.stopping()
+            last_resort.start()
+            await _end_service(services)
+            ended.set()
+        await ended.wait()
 
-            qmp = QmpServer(qmp_path, Services(graph, jobs, nbd, bus, end_service, stop.set))
-            await nursery.start(qmp.serve)
-            nursery.start_soon(_stop_at_signal, signals, stop)
-            nursery.start_soon(manager.watchdog)
-            # What is there now stays: a full garbage collection must not go through it again
-            # and again, for it would keep the loop for 10 ms and more.
-            gc.collect()
-            gc.freeze()
-            _log.info("serving QMP on %s", qmp_path)
-            manager.ready()
-            try:
-                await stop.wait()
-            finally:
-                with trio.CancelScope(shield=True):
-                    await end_service()
-                    await qmp.close()
-                    await _close_nodes(graph)
-            nursery.cancel_scope.cancel()
+    jobs, nbd = Jobs(nursery, bus), NbdServer(nursery, bus)
+    services = Services(Graph(), jobs, nbd, bus, end_service, stop.set)
+    qmp = QmpServer(qmp_path, services)
+    await nursery.start(qmp.serve)
+    nursery.start_soon(_stop_at_signal, signals, stop)
+    nursery.start_soon(manager.watchdog)
+    # What is there now stays: a full garbage collection must not go through it again and again,
+    # for it would keep the loop for 10 ms and more.
+    gc.collect()
+    gc.freeze()
+    _log.info("serving QMP on %s", qmp_path)
+    manager.ready()
+    try:
+        await stop.wait()
+    finally:
+        with trio.CancelScope(shield=True):
+            await end_service()
+            with trio.move_on_after(limits.SHUTDOWN_SECONDS):
+                await qmp.close()
+            await _close_nodes(services.graph)
+
+
+async def _end_service(services: Services) -> None:
+    """Let the command that is under way end, then close the exports, then end the jobs.
+
+    Each is given its time: a disk that hangs does not keep the others from being flushed.
+    """
+    with trio.move_on_after(limits.SHUTDOWN_SECONDS):
+        async with services.changes:
+            pass
+    with trio.move_on_after(limits.SHUTDOWN_SECONDS) as scope:
+        await services.nbd.close()
+    if scope.cancelled_caught:
+        _log.error("NBD clients still wait for a disk that does not answer")
+    await services.jobs.cancel_all(limits.SHUTDOWN_SECONDS)
+
+
+def _exit_at_once() -> None:
+    """What is left hangs in a system call, in a thread that nothing can end but the process."""
+    _log.error("a disk does not answer: ending without it")
+    os._exit(1)
 
 
 async def _stop_at_signal(signals: AsyncIterator[int], stop: trio.Event) -> None:

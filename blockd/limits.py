@@ -160,5 +160,8 @@ QMP_DRAIN_SECONDS = 2
 
 # --- the end ---------------------------------------------------------------------------------
 
-#: How long the daemon's end waits for jobs, and again for disks, that hang.
-SHUTDOWN_SECONDS = 60
+#: How long the daemon's end waits for each of: the command under way, NBD clients, jobs, QMP
+#: clients, disks; more than one of them takes long only where a disk hangs.
+SHUTDOWN_SECONDS = 15
+#: After that the process ends by force. systemd's own patience is 90 seconds.
+LAST_RESORT_SECONDS = 80

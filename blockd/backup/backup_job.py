@@ -12,6 +12,7 @@ from blockd.backup.incomplete import BitmapNeed, IncompleteMark
 from blockd.backup.plan import BackupPlan, BackupRequest, Sync, copy_cluster_bytes, resolve
 from blockd.bitmap import Bits
 from blockd.block import Claim, Node, Role
+from blockd.errors import BlockdError
 from blockd.job import Job
 
 log = logging.getLogger(__name__)
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 
 def plan_backup(request: BackupRequest, source: Node, target: Node) -> BackupPlan:
     """The plan for a request, or the ``BlockdError`` with which it is refused (section 4)."""
+    storage = source.driver.identity
+    if source is not target and storage is not None and storage == target.driver.identity:
+        raise BlockdError("Source and target cannot be the same: both stand on one file")
     return resolve(
         request, source, target, source_blocker=_blocker(source), target_blocker=_blocker(target)
     )
@@ -43,6 +47,7 @@ class BackupJob(Job):
         target: Node,
         *,
         on_errors: OnErrors,
+        empty_target: Callable[[], Awaitable[None]] | None = None,
         target_path: str | None = None,
         release: Callable[[], Awaitable[None]] | None = None,
         speed: int = 0,
@@ -51,6 +56,7 @@ class BackupJob(Job):
     ) -> None:
         """``plan`` is for these nodes. ``target_path`` is the target's, if it is a regular file.
 
+        ``empty_target`` is awaited before the first byte is copied, once the mark is there.
         ``release`` is awaited at the very end, for a target that was opened for this job.
         Raises ``BlockdError`` where another user of a node forbids this one.
         """
@@ -61,6 +67,7 @@ class BackupJob(Job):
         self._source = source
         self._target = target
         self._on_errors = on_errors
+        self._empty_target = empty_target
         self._release = release
         self._mark = None if target_path is None else self._make_mark(target_path)
         self._frozen: FrozenBitmap | None = None
@@ -75,7 +82,13 @@ class BackupJob(Job):
     def _make_mark(self, target_path: str) -> IncompleteMark:
         used = self._plan.used
         need = None if used is None else BitmapNeed.of(self._source.name, used.bitmap)
-        return IncompleteMark(target_path, self.id, full=self._plan.sync is Sync.FULL, need=need)
+        return IncompleteMark(
+            target_path,
+            self.id,
+            full=self._plan.sync is Sync.FULL,
+            need=need,
+            emptied=self._empty_target is not None,
+        )
 
     def _hold_nodes(self) -> list[tuple[Node, Claim]]:
         user = f"block job '{self.id}'"
@@ -116,6 +129,8 @@ class BackupJob(Job):
         try:
             if self._mark is not None:
                 await self._mark.put()
+            if self._empty_target is not None:
+                await self._empty_target()
             await self._copier.run()
         finally:
             self._copier.hook.abandon()
@@ -140,7 +155,7 @@ class BackupJob(Job):
         """Give the bitmap back, with all that may be missing on the target.
 
         A bitmap must not stay frozen for good: where guest writes or the target hang for too
-        long, it gets back everything, and the hook stays in the source, idle.
+        long, it gets back everything.
         """
         self._copier.hook.abandon()
         try:
@@ -148,6 +163,7 @@ class BackupJob(Job):
             async with self._source.quiesced():
                 self._end(succeeded=False, unsaved=unsaved)
         finally:
+            self._source.remove_hook(self._copier.hook)
             if self._frozen is not None:
                 self._frozen.conclude(succeeded=False, unsaved=None)
 

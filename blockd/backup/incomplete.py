@@ -81,13 +81,23 @@ class IncompleteMark:
     """
 
     def __init__(
-        self, target_path: str, job_id: str, *, full: bool, need: BitmapNeed | None
+        self,
+        target_path: str,
+        job_id: str,
+        *,
+        full: bool,
+        need: BitmapNeed | None,
+        emptied: bool,
     ) -> None:
-        """``full``: the backup copies everything. ``need``: the bitmap that it uses, if any."""
+        """``full``: the backup copies everything. ``need``: the bitmap that it uses, if any.
+
+        ``emptied``: the target is empty before, so that less than everything never completes it.
+        """
         self.path = target_path + SUFFIX
         self._job_id = job_id
         self._full = full or need is None
         self._need = need
+        self._emptied = emptied
         self._needs = Needs()
 
     async def put(self) -> None:
@@ -95,7 +105,7 @@ class IncompleteMark:
 
         What an earlier backup left to be done stays in the mark, unless this one does it all.
         """
-        if self._full or self._need is None:
+        if self._full or self._emptied or self._need is None:
             await self._change(FULL)
         else:
             left = await trio.to_thread.run_sync(self._read)

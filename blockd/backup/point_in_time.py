@@ -63,8 +63,9 @@ class PointInTime:
         source_map = None
         if end - first >= limits.HOLE_SEARCH_CLUSTERS:
             source_map = SourceMap(self._source, self._clusters.cluster_bytes)
+        deadline = trio.current_time() + limits.GUEST_WAIT_FOR_COPY_SECONDS
         for run_first, run_end in self._clusters.wanted_runs(first, end):
-            await self._save_run(run_first, run_end, source_map)
+            await self._save_run(run_first, run_end, source_map, deadline)
 
     # -- for the backup ----------------------------------------------------------------------
 
@@ -111,7 +112,9 @@ class PointInTime:
 
     # -- with waiting ------------------------------------------------------------------------
 
-    async def _save_run(self, first: int, end: int, source_map: SourceMap | None) -> None:
+    async def _save_run(
+        self, first: int, end: int, source_map: SourceMap | None, deadline: float
+    ) -> None:
         """Make a run of wanted clusters safe, one step at a time."""
         clusters = self._clusters
         await trio.lowlevel.checkpoint()
@@ -122,7 +125,7 @@ class PointInTime:
                     await claim.wait_read(first)
                 continue
             hole_end = await self._find_hole(first, source_map)
-            slot = await self._wait_slot()
+            slot = await self._wait_slot(deadline)
             if slot is not None and hole_end > first:
                 self._hold_zeroes(slot, first, min(hole_end, end))
             elif slot is not None:
@@ -151,11 +154,15 @@ class PointInTime:
             run = source_map.find(cluster)
         return run.end if run is not None and run.zero else cluster
 
-    async def _wait_slot(self) -> int | None:
-        """A slot; where the target frees none for too long, the backup is broken instead."""
-        seconds = limits.GUEST_WAIT_FOR_COPY_SECONDS
-        with trio.move_on_after(seconds):
+    async def _wait_slot(self, deadline: float) -> int | None:
+        """A slot; where the target frees none in time, the backup is broken instead."""
+        await trio.lowlevel.checkpoint()
+        slot = self._held.take_slot()
+        if slot is not None:
+            return slot
+        with trio.move_on_at(deadline):
             return await self._held.wait_slot()
+        seconds = limits.GUEST_WAIT_FOR_COPY_SECONDS
         self._break(
             JobError(f"The target took nothing for {seconds} seconds while a guest's write waited")
         )
@@ -164,7 +171,7 @@ class PointInTime:
     def _hold_zeroes(self, slot: int, first: int, end: int) -> None:
         """Keep what is pending at the beginning of a run that is a hole in the source."""
         first, end = self._clusters.next_pending(first, end)
-        if first == end:
+        if first == end or self.abandoned:
             self._held.free(slot)
             return
         self._clusters.settle_unread(first, end)

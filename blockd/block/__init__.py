@@ -4,7 +4,13 @@ from blockd.block.allocation import Allocation
 from blockd.block.descriptor import Descriptor
 from blockd.block.driver import Driver
 from blockd.block.drivers.file import SECTOR_BYTES, FileDriver
-from blockd.block.drivers.opening import create_file, guess_format, open_file
+from blockd.block.drivers.opening import (
+    NewFile,
+    create_file,
+    guess_format,
+    is_block_device,
+    open_file,
+)
 from blockd.block.drivers.raw import RawDriver
 from blockd.block.graph import Graph, Hold
 from blockd.block.node import BeforeWrite, Node
@@ -20,11 +26,13 @@ __all__ = [
     "FileDriver",
     "Graph",
     "Hold",
+    "NewFile",
     "Node",
     "RawDriver",
     "Role",
     "Users",
     "create_file",
     "guess_format",
+    "is_block_device",
     "open_file",
 ]

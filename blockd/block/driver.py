@@ -40,6 +40,9 @@ class Driver(ABC):
     #: Whether ``flush`` does anything.
     flushes: bool = True
 
+    #: What tells the storage from any other, where that can be told.
+    identity: tuple[int, int] | None = None
+
     @property
     def path(self) -> str | None:
         """The regular file that the data ends up in, if it is one."""

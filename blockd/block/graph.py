@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 
 import trio
 
@@ -39,6 +40,7 @@ class Graph:
         self._nodes: dict[str, Node] = {}
         #: Nodes that the administrator named, and may therefore delete.
         self._owned: set[Node] = set()
+        self._hidden: set[Node] = set()
         #: What each node stands on, with its claim there.
         self._below: dict[Node, list[tuple[Node, Claim]]] = {}
         self._made = 0
@@ -52,14 +54,30 @@ class Graph:
 
         Raises ``BlockdError``.
         """
-        node = self._nodes.get(name)
+        node = self.find(name)
         if node is None:
             raise BlockdError(f"Cannot find device='{device}' nor node-name='{name}'")
         return node
 
+    def check_no_other_writer(self, node: Node) -> None:
+        """Raise ``BlockdError`` where the node's storage is open for writing somewhere else.
+
+        What is written there passes neither the node nor its bitmaps.
+        """
+        mine = {node, *self.below(node)}
+        storage = {each.driver.identity for each in mine} - {None}
+        for other in self:
+            if other in mine or other.read_only or self._below[other]:
+                continue
+            if other.driver.identity in storage:
+                raise BlockdError(
+                    f"'{other.driver.filename}' is open for writing as node '{other.name}' too"
+                )
+
     def find(self, name: str) -> Node | None:
-        """The node called ``name``, if there is one."""
-        return self._nodes.get(name)
+        """The node called ``name``, if there is one that commands may use."""
+        node = self._nodes.get(name)
+        return None if node in self._hidden else node
 
     def check_name(self, name: str) -> None:
         """Raise ``BlockdError`` unless a new node may be called ``name``."""
@@ -70,8 +88,11 @@ class Graph:
         if name in self._nodes:
             raise BlockdError(f"Duplicate nodes with node-name='{name}'")
 
-    def add(self, name: str | None, driver: Driver, *, owned: bool) -> Node:
-        """Put a node over ``driver`` in. ``name`` None: one of ours, which no user can type."""
+    def add(self, name: str | None, driver: Driver, *, owned: bool, hidden: bool = False) -> Node:
+        """Put a node over ``driver`` in. ``name`` None: it gets one of ours.
+
+        ``hidden``: commands don't find it, because it goes with the job that it was made for.
+        """
         if name is None:
             self._made += 1
             name = f"#block{self._made:03d}"
@@ -82,7 +103,15 @@ class Graph:
         self._below[node] = []
         if owned:
             self._owned.add(node)
+        if hidden:
+            self._hidden.add(node)
         return node
+
+    def check_storage(self, driver: Driver) -> None:
+        """Raise ``BlockdError`` where a node stands on the same storage already."""
+        for node in self:
+            if driver.identity is not None and node.driver.identity == driver.identity:
+                raise BlockdError(f"'{driver.filename}' is in use: node '{node.name}' stands on it")
 
     def put_on(self, parent: Node, child: Node, claim: Claim) -> None:
         """Record that ``parent`` stands on ``child``, by a claim that was made for it."""
@@ -141,6 +170,7 @@ class Graph:
         assert not node.users
         del self._nodes[node.name]
         self._owned.discard(node)
+        self._hidden.discard(node)
         below = self._below.pop(node)
         try:
             if not node.read_only:
@@ -154,15 +184,25 @@ class Graph:
                     await self.remove(child)
 
     async def close(self) -> None:
-        """Remove every node, from the top down; errors of flushing are raised at the end.
+        """Flush all nodes, then remove them from the top down; errors are raised at the end.
 
-        Those that somebody still uses, such as a job that does not end, are left.
+        One that hangs does not keep the others from being flushed. Those that somebody still
+        uses, such as a job that does not end, are flushed and left.
         """
         errors: list[Exception] = []
-        while (node := next((node for node in self if not node.users), None)) is not None:
+
+        async def flush(node: Node) -> None:
             try:
-                await self.remove(node)
+                await node.flush()
             except OSError as error:
                 errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for node in self:
+                if not node.read_only:
+                    nursery.start_soon(flush, node)
+        while (free := next((node for node in self if not node.users), None)) is not None:
+            with suppress(OSError):  # it was told of above
+                await self.remove(free)
         if errors:
             raise ExceptionGroup("some nodes could not be flushed", errors)

@@ -196,7 +196,9 @@ class Node:
         self._choose_path()
 
     def remove_hook(self, hook: BeforeWrite) -> None:
-        """Take a point-in-time view out; only while quiesced."""
-        assert self._gate.closed
+        """Take a point-in-time view out.
+
+        One that has not given up its claim on old data yet: only while quiesced.
+        """
         self._hooks = tuple(other for other in self._hooks if other is not hook)
         self._choose_path()

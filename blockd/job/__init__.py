@@ -3,7 +3,7 @@
 from blockd.job.failure import JobError
 from blockd.job.job import Job
 from blockd.job.jobs import Jobs
-from blockd.job.rate import RateLimit
+from blockd.job.rate import RateLimit, check_speed
 from blockd.job.states import (
     MAY,
     NEXT,
@@ -28,4 +28,5 @@ __all__ = [
     "Status",
     "Verb",
     "action_on_error",
+    "check_speed",
 ]

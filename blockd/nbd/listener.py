@@ -87,12 +87,20 @@ def _listen_unix(path: str) -> socket.socket:
         # What a killed server left behind is in the way of bind; QEMU takes it away too.
         with contextlib.suppress(FileNotFoundError):
             if stat.S_ISSOCK(os.lstat(path).st_mode):
+                _refuse_live(path)
                 os.unlink(path)
         sock.bind(path)
         return _listening(sock)
     except OSError as error:
         sock.close()
         raise BlockdError(f"Failed to bind socket to {path}: {error.strerror}") from error
+
+
+def _refuse_live(path: str) -> None:
+    """QEMU takes a live socket away from its server; it may be the one of our own commands."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        if probe.connect_ex(path) != errno.ECONNREFUSED:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 def _listen_inet(address: InetAddress) -> Sequence[socket.socket]:

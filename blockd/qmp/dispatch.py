@@ -82,9 +82,15 @@ class Dispatcher:
         if command is None:
             raise CommandNotFoundError(f"The command {name} has not been found")
         checked = arguments.parse(command.declaration, sent)
-        if not inspect.iscoroutinefunction(command.handler):
-            return command.handler(self._services, checked)
         if command.concurrent:
             return await command.handler(self._services, checked)
+        self._check_not_ending()
+        if not inspect.iscoroutinefunction(command.handler):
+            return command.handler(self._services, checked)
         async with self._services.changes:
+            self._check_not_ending()
             return await command.handler(self._services, checked)
+
+    def _check_not_ending(self) -> None:
+        if self._services.ending:
+            raise BlockdError("blockd is ending and takes no more commands")

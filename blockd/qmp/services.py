@@ -25,5 +25,7 @@ class Services:
     end_service: Callable[[], Awaitable[None]]
     #: Lets the daemon end once the replies that are under way have been sent.
     stop: Callable[[], None]
+    #: The daemon is ending: what would change something is refused.
+    ending: bool = False
     #: Held by the command that changes something: one at a time, as in the peer.
     changes: trio.Lock = field(default_factory=trio.Lock)

@@ -8,7 +8,6 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from blockd import limits
 from blockd.backup import BitmapMode, Sync
-from blockd.backup.clusters import Clusters
 from blockd.backup.held import HeldStore
 from tests.helpers.backup_rig import CLUSTER, open_rig, pattern, use_small_limits
 from tests.helpers.memory_driver import MemoryDriver
@@ -230,16 +229,6 @@ async def test_a_cancelled_guest_write_leaves_its_cluster_to_the_workers(
     assert target.data == before == source.data
 
 
-async def test_who_is_about_to_wait_for_a_read_hears_that_it_has_ended(
-    autojump_clock: MockClock,
-) -> None:
-    clusters = Clusters(SIZE, CLUSTER, None)
-    claim = clusters.claim(0, 4)
-    clusters.give_back(claim)
-    with trio.fail_after(1):
-        await claim.wait_ended()
-
-
 async def test_a_full_store_makes_guests_wait(source: MemoryDriver, target: MemoryDriver) -> None:
     source.nowait = lambda _: True
     writes = target.hold("write")
@@ -299,6 +288,19 @@ async def test_who_no_longer_waits_for_room_takes_none() -> None:
         nursery.cancel_scope.cancel()
     store.free(last)
     assert store.take_slot() == last
+
+
+async def test_room_given_to_who_no_longer_waits_is_free_again() -> None:
+    """It was cancelled, and has not run since, when the room became free."""
+    store = HeldStore(CLUSTER)
+    slots = [store.take_slot() for _ in range(4)]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.wait_slot)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+        assert slots[0] is not None
+        store.free(slots[0])
+    assert store.take_slot() == slots[0]
 
 
 async def test_a_target_that_hangs_breaks_the_backup_and_not_the_guest(

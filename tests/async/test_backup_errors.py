@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from blockd import limits
-from blockd.backup import BitmapMode, OnErrors, Sync
+from blockd.backup import BackupJob, BitmapMode, OnErrors, Sync
+from blockd.block import Allocation
 from blockd.errors import BlockdError
 from blockd.job import OnError
 from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern, use_small_limits
@@ -335,6 +338,63 @@ async def test_what_was_read_while_guests_were_free_is_not_taken_for_old_data(
         reads.release()
         await rig.finish(job)
         assert 0 in rig.dirty_bytes(bitmap)
+
+
+@asynccontextmanager
+async def writer_left(rig: Rig) -> AsyncIterator[BackupJob]:
+    """A job that keeps a bitmap which sees no writes, and a writer of held data that hangs.
+
+    That writer goes on at the end, though the job was cancelled, until there is nothing to write.
+    """
+    rig.target_driver.stubborn = True
+    bitmap = rig.add_bitmap()
+    rig.source.bitmaps.recent.append((0, SIZE))
+    bitmap.disable()
+    with rig.target_driver.hold("write"):
+        job = rig.job(Sync.BITMAP, "b", ALWAYS, speed=1)
+        await rig.start(job)
+        await rig.source.write(12 * CLUSTER, memoryview(b"new"))
+        await wait_all_tasks_blocked()
+        yield job
+    await rig.finish(job)
+
+
+async def test_what_a_guest_read_while_others_were_free_is_not_taken_for_old_data(
+    source: MemoryDriver, target: MemoryDriver
+) -> None:
+    async with open_rig(source, target) as rig, trio.open_nursery() as guests:
+        async with writer_left(rig) as job:
+            with source.hold("read"):
+                guests.start_soon(rig.source.write, 15 * CLUSTER, memoryview(b"a"))
+                await wait_all_tasks_blocked()
+                job.request_cancel()
+                await wait_all_tasks_blocked()
+                await rig.source.write(15 * CLUSTER, memoryview(b"b" * CLUSTER))
+            await wait_all_tasks_blocked()
+        assert 15 * CLUSTER in rig.dirty_bytes(rig.source.bitmaps.get("b"))
+
+
+async def test_what_was_a_hole_before_guests_were_free_is_not_taken_for_old_data(
+    target: MemoryDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "HOLE_SEARCH_CLUSTERS", 1)
+    old = bytearray(OLD)
+    old[15 * CLUSTER : 16 * CLUSTER] = bytes(CLUSTER)
+    source = MemoryDriver(old)
+    async with open_rig(source, target) as rig:
+        async with writer_left(rig) as job:
+            allocation = source.allocation
+
+            async def cancelled_meanwhile(offset: int, length: int) -> Sequence[Allocation]:
+                runs = await allocation(offset, length)
+                job.request_cancel()
+                await wait_all_tasks_blocked()
+                await rig.source.write(15 * CLUSTER, memoryview(b"b" * CLUSTER))
+                return runs
+
+            monkeypatch.setattr(source, "allocation", cancelled_meanwhile)
+            await rig.source.write(15 * CLUSTER, memoryview(b"a"))
+        assert 15 * CLUSTER in rig.dirty_bytes(rig.source.bitmaps.get("b"))
 
 
 async def test_a_guest_write_that_hangs_does_not_keep_the_bitmap(

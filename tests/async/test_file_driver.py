@@ -296,6 +296,16 @@ async def test_no_write_succeeds_where_no_thread_could_be_had(
     await driver.write(8192, BLOCK)
 
 
+async def test_a_thread_that_copies_is_one_of_the_files_own(driver: FileDriver) -> None:
+    """So files whose storage hangs leave threads to the others."""
+
+    def common_threads() -> int:
+        limiter = trio.from_thread.run_sync(trio.to_thread.current_default_thread_limiter)
+        return int(limiter.borrowed_tokens)
+
+    assert await driver.write_by(0, 1, common_threads) == 0
+
+
 async def test_a_cancelled_write_ends_before_its_caller(
     driver: FileDriver, slow_pwrite: SlowCall, path: Path
 ) -> None:

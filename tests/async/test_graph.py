@@ -94,6 +94,27 @@ def test_an_unknown_node_is_named_as_the_peer_does(graph: Graph) -> None:
     assert refusal(graph, "x") == "Failed to find node with node-name='x'"
 
 
+def test_a_hidden_node_is_there_but_not_for_commands(graph: Graph) -> None:
+    node = graph.add(None, WatchedDriver(4096), owned=False, hidden=True)
+    assert list(graph) == [node]
+    assert graph.find(node.name) is None
+    with pytest.raises(BlockdError, match="Cannot find device=''"):
+        graph.get(node.name)
+    assert refusal(graph, node.name) == f"Node {node.name} is not owned by the monitor"
+
+
+def test_storage_under_two_names_is_found_out(graph: Graph) -> None:
+    node = add(graph, "n")
+    other = WatchedDriver(4096)
+    other.filename = "/link.img"
+    graph.check_storage(other)
+    node.driver.identity = other.identity = (1, 2)
+    with pytest.raises(BlockdError, match=r"^'/link\.img' is in use: node 'n' stands on it$"):
+        graph.check_storage(other)
+    node.driver.identity = (1, 3)
+    graph.check_storage(other)
+
+
 # --- who may be deleted -----------------------------------------------------------------------
 
 

@@ -80,11 +80,21 @@ def test_the_longest_path(tmp_path: Path) -> None:
 def test_another_ones_socket_is_not_removed(tmp_path: Path) -> None:
     path = tmp_path / "s"
     first = listen(UnixAddress(str(path)))
+    path.unlink()
     second = listen(UnixAddress(str(path)))
     first.close()
     assert path.exists()
     second.close()
     assert not path.exists()
+
+
+def test_a_live_socket_is_not_taken_away(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    first = listen(UnixAddress(str(path)))
+    with pytest.raises(BlockdError, match="Address already in use"):
+        listen(UnixAddress(str(path)))
+    assert path.exists()
+    first.close()
 
 
 # --- on the network ---------------------------------------------------------------------------

@@ -92,7 +92,18 @@ async def test_answers_come_as_the_disk_gives_them(rig: Rig, driver: WatchedDriv
     assert await cookies(client, 1) == [0]
 
 
-async def test_a_client_that_goes_takes_its_waiting_requests_along(
+async def test_a_client_that_goes_takes_its_requests_along(rig: Rig, driver: WatchedDriver) -> None:
+    driver.hold("write")
+    client = await rig.raw()
+    await send_all(client, [Call(Cmd.WRITE, at * 512, data=b"x" * 512) for at in range(10)])
+    await driver.wait_seen("write", 10)
+    await client.close()
+    await rig.wait_until_alone()
+    async with rig.graph.get("disk").quiesced():
+        pass
+
+
+async def test_that_a_client_goes_is_seen_when_there_is_room_to_hear_of_it(
     rig: Rig, driver: WatchedDriver
 ) -> None:
     hold = driver.hold("write")
@@ -100,13 +111,10 @@ async def test_a_client_that_goes_takes_its_waiting_requests_along(
     await send_all(client, [Call(Cmd.WRITE, at * 512, data=b"x" * 512) for at in range(100)])
     await driver.wait_seen("write", limits.NBD_REQUESTS_IN_FLIGHT)
     await client.close()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(rig.wait_until_alone)
-        await wait_all_tasks_blocked()
-        hold.release()
+    hold.release()
+    await rig.wait_until_alone()
     async with rig.graph.get("disk").quiesced():
         pass
-    assert await (await rig.raw("other")).read(0, 4) == bytes(4)
 
 
 # --- a client that does not read --------------------------------------------------------------

@@ -203,6 +203,7 @@ async def test_what_a_killed_server_left_is_replaced(rig: Rig) -> None:
 
 async def test_a_socket_that_is_no_longer_ours_stays(rig: Rig, tmp_path: Path) -> None:
     async with trio.open_nursery() as nursery:
+        (tmp_path / "nbd.sock").unlink()
         successor = Rig(nursery, tmp_path / "nbd.sock")
         await successor.start()
         await rig.server.stop()

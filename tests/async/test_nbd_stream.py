@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 from collections.abc import AsyncIterator
@@ -272,6 +273,18 @@ async def test_streams_with_some_damage_do_no_harm(
             await client.stream.send_eof()
     await still_serves(rig)
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+async def test_of_a_large_write_that_fails_the_rest_is_only_read_over(rig: Rig) -> None:
+    disk = WatchedDriver(DISK_BYTES)
+    rig.export(rig.node("failing", disk))
+    disk.fail("write", errno.EIO)
+    client = await rig.raw("failing")
+    await client.request(Call(Cmd.WRITE, data=b"x" * 1000 * KIB))
+    assert await client.reply() == (1, errno.EIO)
+    assert disk.counts["write"] == 1
+    await client.write(0, b"next")
+    assert disk.data[:4] == b"next"
 
 
 async def test_a_refused_payload_is_read_over(rig: Rig) -> None:

@@ -37,6 +37,7 @@ class FewServices:
 
     def __init__(self) -> None:
         self.changes = trio.Lock()
+        self.ending = False
 
 
 def dispatcher(*commands: Command) -> tuple[Dispatcher, FewServices]:

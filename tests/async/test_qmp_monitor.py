@@ -85,6 +85,7 @@ class Stage:
         self.services = cast("Services", self)
         #: What Services has for the dispatcher.
         self.changes = trio.Lock()
+        self.ending = False
         self._nursery = nursery
         self.clients = clients
         self.ended = 0

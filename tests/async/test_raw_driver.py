@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
 
 from blockd.block import Node
 from blockd.block.drivers.raw import RawDriver
@@ -88,6 +92,27 @@ async def test_a_bitmap_above_marks_in_its_own_window(child: Node) -> None:
     bitmap = node.bitmaps.add("b", 512)
     await node.write(0, DATA)
     assert list(bitmap.usable_bits().extents()) == [Extent(0, 512)]
+
+
+async def test_a_write_by_a_thread_is_one_of_the_child_too(child: Node) -> None:
+    """Its bitmaps and views must know of it, though the thread has a descriptor."""
+    bitmap = child.bitmaps.add("b", 512)
+    node = Node("top", RawDriver(child, offset_bytes=1024))
+    written, quiet = threading.Event(), trio.Event()
+
+    async def quiesce() -> None:
+        async with child.quiesced():
+            quiet.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(node.write_by, 0, 512, written.wait)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(quiesce)
+        await wait_all_tasks_blocked()
+        was_quiet = quiet.is_set()
+        written.set()
+    assert not was_quiet
+    assert list(bitmap.usable_bits().extents()) == [Extent(1024, 512)]
 
 
 async def test_discards_end_where_they_are_not_wanted(child: Node, driver: WatchedDriver) -> None:

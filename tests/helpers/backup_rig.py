@@ -116,10 +116,11 @@ class Rig:
 
 @asynccontextmanager
 async def open_rig(source: MemoryDriver, target: MemoryDriver) -> AsyncIterator[Rig]:
-    """A rig whose jobs must have ended by the end of the body."""
-    async with trio.open_nursery() as nursery:
-        rig = Rig(nursery, source, target)
-        yield rig
-        assert [
-            job.status for job in rig.jobs.newest_first() if job.status is not Status.NULL
-        ] == []
+    """A rig whose jobs must have ended by the end of the body, and guests with them."""
+    with trio.fail_after(2 * PATIENCE_SECONDS):
+        async with trio.open_nursery() as nursery:
+            rig = Rig(nursery, source, target)
+            yield rig
+            assert [
+                job.status for job in rig.jobs.newest_first() if job.status is not Status.NULL
+            ] == []

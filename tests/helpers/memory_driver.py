@@ -37,12 +37,21 @@ class Fault:
 
 @dataclass(eq=False)
 class Hold:
-    """The ``nth`` operation of a name, and all after it, wait until ``release``."""
+    """The ``nth`` operation of a name, and all after it, wait until ``release``.
+
+    A ``with`` block releases it at its end, also where the test fails.
+    """
 
     operation: str
     nth: int
     reached: trio.Event = field(default_factory=trio.Event)
     _released: trio.Event = field(default_factory=trio.Event)
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         self._released.set()
@@ -177,12 +186,19 @@ class MemoryDriver(Driver):
         with trio.CancelScope(shield=self.stubborn):
             await trio.lowlevel.checkpoint()
             count = self._count(operation)
-            for hold in self._holds:
-                if operation == hold.operation and count >= hold.nth:
-                    await hold.wait()
+            hold = self.find_hold(operation, count)
+            if hold is not None:
+                await hold.wait()
             for _ in range(self.delay(operation)):
                 await trio.lowlevel.checkpoint()
         return count
+
+    def find_hold(self, operation: str, count: int) -> Hold | None:
+        """What the ``count``-th operation of a name must wait for."""
+        for hold in self._holds:
+            if operation == hold.operation and count >= hold.nth:
+                return hold
+        return None
 
     def _check_sectors(self, offset: int, length: int) -> None:
         if max(offset, self.bad.start) < min(offset + length, self.bad.stop):

@@ -103,6 +103,26 @@ def test_what_is_given_back_is_pending_again() -> None:
     assert clusters.pop_given_back() is None
 
 
+def test_a_claim_shrinks_from_both_ends() -> None:
+    clusters = Clusters(SIZE, CLUSTER, None)
+    claim = clusters.claim(4, 12)
+    clusters.settle_to(claim, 6)
+    clusters.settle_to(claim, 6)
+    clusters.cut(claim, 9)
+    clusters.cut(claim, 9)
+    assert (claim.first, claim.end) == (6, 9)
+    assert set(clusters.reading) == {6, 7, 8}
+    assert set(clusters.settled) == {4, 5}
+    assert clusters.pop_given_back() == (9, 12)
+    assert clusters.pop_given_back() is None
+    assert clusters.next_pending(4, 21) == (9, 21)
+    clusters.cut(claim, 6)
+    clusters.give_back(claim)
+    assert clusters.pop_given_back() == (6, 9)
+    assert clusters.pop_given_back() is None
+    assert not clusters.reading
+
+
 def unsaved(clusters: Clusters) -> list[tuple[int, int]]:
     return [run for step in clusters.unsaved_runs() for run in step]
 

@@ -39,7 +39,10 @@ def write(fd: int, offset: int, view: memoryview) -> None:
     """Write all of ``view``. Raises ``OSError``."""
     done = 0
     while done < len(view):
-        done += os.pwrite(fd, view[done:], offset + done)
+        count = os.pwrite(fd, view[done:], offset + done)
+        if not count:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        done += count
 
 
 def sync(fd: int) -> None:

@@ -50,10 +50,10 @@ class DirectFileDriver(FileDriver):
         def call() -> None:
             for part, piece in _pieces(offset, view):
                 blocks = self._blocks(part, len(piece))
-                with mmap.mmap(-1, blocks.length) as scratch, memoryview(scratch) as memory:
-                    self._read_blocks(blocks.offset, memory)
-                    skip = part - blocks.offset
-                    piece[:] = memory[skip : skip + len(piece)]
+                memory = _scratch(blocks.length)
+                self._read_blocks(blocks.offset, memory)
+                skip = part - blocks.offset
+                piece[:] = memory[skip : skip + len(piece)]
 
         await self._in_thread(call)
 
@@ -72,13 +72,13 @@ class DirectFileDriver(FileDriver):
     def _write(self, offset: int, view: memoryview) -> None:
         for part, piece in _pieces(offset, view):
             blocks = self._blocks(part, len(piece))
-            with mmap.mmap(-1, blocks.length) as scratch, memoryview(scratch) as memory:
-                self._read_partial_blocks(blocks, Extent(part, len(piece)), memory)
-                skip = part - blocks.offset
-                memory[skip : skip + len(piece)] = piece
-                blocking.write(self._fd, blocks.offset, memory)
-                if blocks.end > self.size_bytes and not self.is_device:
-                    os.ftruncate(self._fd, self.size_bytes)
+            memory = _scratch(blocks.length)
+            self._read_partial_blocks(blocks, Extent(part, len(piece)), memory)
+            skip = part - blocks.offset
+            memory[skip : skip + len(piece)] = piece
+            blocking.write(self._fd, blocks.offset, memory)
+            if blocks.end > self.size_bytes and not self.is_device:
+                os.ftruncate(self._fd, self.size_bytes)
 
     def _read_partial_blocks(self, blocks: Extent, data: Extent, memory: memoryview) -> None:
         """Read the first and the last block where ``data`` covers them only in part."""
@@ -90,6 +90,13 @@ class DirectFileDriver(FileDriver):
 
     def _read_blocks(self, offset: int, memory: memoryview) -> None:
         blocking.read(self._fd, offset, memory, block_bytes=self._alignment_bytes)
+
+
+def _scratch(length: int) -> memoryview:
+    """Memory aligned to pages. It goes with its last view; closed by hand it would be an error
+    while a failed call's traceback still has one.
+    """
+    return memoryview(mmap.mmap(-1, length))
 
 
 def _pieces(offset: int, view: memoryview) -> list[tuple[int, memoryview]]:
@@ -117,11 +124,10 @@ def _alignment(fd: int) -> int:
 
 
 def _reads(fd: int, length: int) -> bool:
-    with mmap.mmap(-1, 4096) as scratch, memoryview(scratch) as memory:
-        try:
-            os.preadv(fd, (memory[:length],), 0)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            return False
-        return True
+    try:
+        os.preadv(fd, (_scratch(4096)[:length],), 0)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True

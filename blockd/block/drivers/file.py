@@ -21,6 +21,8 @@ from blockd.block.allocation import Allocation
 from blockd.block.descriptor import Descriptor
 from blockd.block.driver import Driver
 from blockd.block.drivers import blocking
+from blockd.block.drivers.locking import resizing
+from blockd.block.drivers.mounts import is_local
 from blockd.errors import WouldBlock
 
 _Result = TypeVar("_Result")
@@ -53,7 +55,11 @@ class FileDriver(Driver):
         flushes: bool,
     ) -> None:
         """``unmap``: discards reach the storage. ``flushes`` False: flush does nothing."""
-        mode = os.fstat(fd).st_mode
+        status = os.fstat(fd)
+        mode = status.st_mode
+        self.identity = (status.st_dev, status.st_ino)
+        if stat.S_ISBLK(mode):
+            self.identity = (-1, status.st_rdev)
         self.name = "file" if stat.S_ISREG(mode) else "host_device"
         self.filename = filename
         self.read_only = read_only
@@ -66,6 +72,7 @@ class FileDriver(Driver):
         # A limiter of its own: a slow disk's threads never starve another disk.
         self._threads = trio.CapacityLimiter(limits.FILE_THREADS)
         self._reads_inline = True
+        self._writes_inline = self.is_device or is_local(status.st_dev)
         self._writes_inline_from_ns = 0
         self._write_pause_ns = limits.INLINE_WRITE_PAUSE_MIN_NS
         self._waiting_writes: list[_Write] = []
@@ -76,7 +83,7 @@ class FileDriver(Driver):
 
     @property
     def path(self) -> str | None:
-        return None if self.is_device else self.filename
+        return None if self.is_device else os.path.realpath(self.filename)
 
     def descriptor(self, *, write: bool) -> Descriptor | None:
         return Descriptor(self._fd, 0)
@@ -105,6 +112,8 @@ class FileDriver(Driver):
         thread for a while, so that the loop meets a slow disk now and then and not at every
         write: longer each time, as the write may only have lost the processor for once.
         """
+        if not self._writes_inline:
+            raise WouldBlock
         if self._writes_inline_from_ns and time.monotonic_ns() < self._writes_inline_from_ns:
             raise WouldBlock
         started_ns = time.monotonic_ns()
@@ -208,15 +217,30 @@ class FileDriver(Driver):
     async def _flush_now(self) -> None:
         self._flushes_begun += 1
         number = self._flushes_begun
-        try:
-            await self._in_thread(lambda: blocking.sync(self._fd))
-        except OSError as error:
-            self._flush_error = error
-        else:
-            self._flushes_done = number
+
+        def call() -> None:
+            try:
+                blocking.sync(self._fd)
+            except OSError as error:
+                # Kept from here, because nobody may wait for this thread any more.
+                self._flush_error = error
+
+        # A disk that hangs must not keep the daemon, or a job, from ending.
+        await trio.to_thread.run_sync(call, limiter=self._threads, abandon_on_cancel=True)
+        self._flushes_done = number
 
     async def allocation(self, offset: int, length: int) -> Sequence[Allocation]:
         return await self._in_thread(lambda: blocking.allocation(self._fd, offset, length))
+
+    async def make_empty(self) -> None:
+        """Drop all content: what is left is ``size_bytes`` of zeroes. Raises ``OSError``."""
+
+        def call() -> None:
+            with resizing(self._fd, self.filename):
+                os.ftruncate(self._fd, 0)
+                os.ftruncate(self._fd, self.size_bytes)
+
+        await self._in_thread(call)
 
     async def allocated_bytes(self) -> int:
         return await self._in_thread(lambda: os.fstat(self._fd).st_blocks * SECTOR_BYTES)

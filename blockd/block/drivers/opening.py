@@ -7,10 +7,11 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from blockd.block.drivers.direct import DirectFileDriver
 from blockd.block.drivers.file import FileDriver
-from blockd.block.drivers.locking import lock_image, resizing
+from blockd.block.drivers.locking import lock_image
 from blockd.errors import BlockdError
 
 
@@ -79,23 +80,34 @@ def _check_kind(filename: str, driver: str, mode: int) -> None:
         )
 
 
-def create_file(filename: str, size_bytes: int) -> FileDriver:
-    """Make a regular file of ``size_bytes`` zeroes, or turn one that is there into that. Blocks.
+class NewFile(NamedTuple):
+    """A file that ``create_file`` opened; ``created``: it was not there before."""
 
-    The image lock is taken before anything is changed: a file that is in use, above all a
-    backup's own source, is refused and stays as it is. Raises ``BlockdError``.
+    driver: FileDriver
+    created: bool
+
+
+def create_file(filename: str, size_bytes: int) -> NewFile:
+    """Open a regular file that is to become ``size_bytes`` of zeroes, or make one. Blocks.
+
+    What is there stays as it is until ``FileDriver.make_empty``, so that a command can still be
+    refused; but the image lock is taken. Raises ``BlockdError``.
     """
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        fd = os.open(filename, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fd, created = os.open(filename, flags | os.O_CREAT | os.O_EXCL, 0o600), True
+        except FileExistsError:
+            fd, created = os.open(filename, flags | os.O_CREAT, 0o600), False
     except OSError as error:
         raise BlockdError(f"Could not create '{filename}': {error.strerror}") from error
     with _closing_on_error(fd, f"Could not create '{filename}'"):
         _check_kind(filename, "file", os.fstat(fd).st_mode)
+        os.set_blocking(fd, True)
         lock_image(fd, filename, read_only=False)
-        with resizing(fd, filename):
-            os.ftruncate(fd, 0)
-            os.ftruncate(fd, size_bytes)
-        return FileDriver(fd, filename=filename, read_only=False, unmap=True, flushes=True)
+        driver = FileDriver(fd, filename=filename, read_only=False, unmap=True, flushes=True)
+    driver.size_bytes = size_bytes
+    return NewFile(driver, created)
 
 
 #: First bytes of images that are no raw ones.
@@ -109,6 +121,14 @@ _MAGICS = {
     b"LUKS\xba\xbe": "luks",
     b"<<< ": "vdi",
 }
+
+
+def is_block_device(filename: str) -> bool:
+    """Whether a block device, or a link to one, has this name. Blocks."""
+    try:
+        return stat.S_ISBLK(os.stat(filename).st_mode)
+    except OSError:
+        return False
 
 
 def guess_format(filename: str) -> str:

@@ -48,6 +48,9 @@ class RawDriver(Driver):
         self.read_only = read_only
         self.offset_bytes = offset_bytes
         self.size_bytes = room_bytes if size_bytes is None else size_bytes
+        #: A window's writes are not all that changes the file, nor is all of it the window's.
+        self._whole = not offset_bytes and self.size_bytes == child.size_bytes
+        self.identity = child.driver.identity if self._whole else None
         self.cluster_size_bytes = child.driver.cluster_size_bytes
         self.direct = direct
         self.flushes = flushes
@@ -58,7 +61,7 @@ class RawDriver(Driver):
 
     @property
     def path(self) -> str | None:
-        return self.child.path
+        return self.child.path if self._whole else None
 
     def descriptor(self, *, write: bool) -> Descriptor | None:
         below = self.child.descriptor(write=write)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import trio
 
@@ -17,33 +19,39 @@ from blockd.backup import (
     plan_backup,
 )
 from blockd.block import (
-    FileDriver,
     Graph,
     Hold,
+    NewFile,
     Node,
     RawDriver,
     Role,
     create_file,
     guess_format,
+    is_block_device,
     open_file,
 )
 from blockd.errors import BlockdError
-from blockd.job import OnError
+from blockd.job import OnError, check_speed
 from blockd.qmp.services import Services
 from blockd.qmp.types.backup import Backup, BlockdevBackup, DriveBackup
 
 _PROTOCOL = re.compile(r"([A-Za-z0-9+.-]+):")
 
 
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A backup's target: ``empty`` drops what is there, ``release`` lets go of it."""
+
+    node: Node
+    empty: Callable[[], Awaitable[None]] | None = None
+    release: Callable[[], Awaitable[None]] | None = None
+
+
 async def blockdev_backup(services: Services, arguments: BlockdevBackup) -> None:
     graph = services.graph
     source = graph.get(arguments.device, device=arguments.device)
     target = graph.get(arguments.target, device=arguments.target)
-
-    async def release() -> None:
-        """The target stays."""
-
-    await _start(services, arguments, source, target, release)
+    await _start(services, arguments, source, _Target(target))
 
 
 async def drive_backup(services: Services, arguments: DriveBackup) -> None:
@@ -52,41 +60,33 @@ async def drive_backup(services: Services, arguments: DriveBackup) -> None:
     source = graph.get(arguments.device, device=arguments.device)
     choose_bitmap(_request(arguments), source.bitmaps)
     services.jobs.check_id(arguments.job_id)
-    driver = await trio.to_thread.run_sync(_open_target, arguments, source.size_bytes)
-    target = _add_target(graph, driver)
-
-    async def release() -> None:
-        await graph.remove(target)
-
-    await _start(services, arguments, source, target, release)
+    check_speed(arguments.speed)
+    file = await trio.to_thread.run_sync(_open_target, arguments, source.size_bytes)
+    await _start(services, arguments, source, await _add_target(graph, file, arguments.mode))
 
 
-async def _start(
-    services: Services,
-    arguments: Backup,
-    source: Node,
-    target: Node,
-    release_target: Callable[[], Awaitable[None]],
-) -> None:
+async def _start(services: Services, arguments: Backup, source: Node, target: _Target) -> None:
     holds: list[Hold] = []
 
     async def release() -> None:
         for hold in holds:
             hold.release()
-        await release_target()
+        if target.release is not None:
+            await target.release()
 
     try:
-        plan = plan_backup(_request(arguments), source, target)
+        plan = plan_backup(_request(arguments), source, target.node)
         services.jobs.check_id(arguments.job_id)
-        holds += _hold(services.graph, source, target, arguments.job_id)
+        holds += _hold(services.graph, source, target.node, arguments.job_id)
         on_errors = OnErrors(OnError(arguments.on_source_error), OnError(arguments.on_target_error))
         job = BackupJob(
             arguments.job_id,
             plan,
             source,
-            target,
+            target.node,
             on_errors=on_errors,
-            target_path=target.path,
+            empty_target=target.empty,
+            target_path=target.node.path,
             release=release,
             speed=arguments.speed,
             auto_finalize=arguments.auto_finalize,
@@ -109,6 +109,7 @@ def _request(arguments: Backup) -> BackupRequest:
 def _hold(graph: Graph, source: Node, target: Node, job_id: str) -> list[Hold]:
     """No write may reach the source's storage past its node, nor anybody write to the target."""
     user = f"block job '{job_id}'"
+    graph.check_no_other_writer(source)
     try:
         held = graph.hold(source, user, Role.SOURCE, writes=False, alone=True)
     except BlockdError as error:
@@ -120,8 +121,8 @@ def _hold(graph: Graph, source: Node, target: Node, job_id: str) -> list[Hold]:
         raise
 
 
-def _open_target(arguments: DriveBackup, size_bytes: int) -> FileDriver:
-    """Open or make the target's file. Blocks. Raises ``BlockdError``."""
+def _open_target(arguments: DriveBackup, size_bytes: int) -> NewFile:
+    """Open or make the target's file, without changing what is there. Blocks."""
     name = arguments.target.removeprefix("file:")
     protocol = _PROTOCOL.match(name)
     if protocol is not None:
@@ -137,19 +138,44 @@ def _open_target(arguments: DriveBackup, size_bytes: int) -> FileDriver:
             f"Image format was not specified for '{name}', which looks like {guessed}: "
             "give format 'raw' if it is to be overwritten"
         )
-    return open_file(
+    driver = open_file(
         name,
-        driver="file",
+        driver="host_device" if is_block_device(name) else "file",
         read_only=False,
         auto_read_only=False,
         direct=False,
         unmap=True,
         flushes=True,
     )
+    return NewFile(driver, created=False)
 
 
-def _add_target(graph: Graph, driver: FileDriver) -> Node:
-    file = graph.add(None, driver, owned=False)
-    target = graph.add(None, RawDriver(file), owned=False)
-    graph.put_on(target, file, file.users.claim(f"node '{target.name}'", Role.FILE, writes=False))
-    return target
+async def _add_target(graph: Graph, file: NewFile, mode: str) -> _Target:
+    driver, used = file.driver, False
+
+    async def empty() -> None:
+        nonlocal used
+        used = True
+        await driver.make_empty()
+
+    async def release() -> None:
+        await graph.remove(node)
+        remove_unused()
+
+    def remove_unused() -> None:
+        """A refused command leaves nothing behind."""
+        if file.created and not used:
+            os.unlink(driver.filename)
+
+    try:
+        graph.check_storage(driver)
+    except BlockdError:
+        with trio.CancelScope(shield=True):
+            await driver.close()
+        remove_unused()
+        raise
+    below = graph.add(None, driver, owned=False, hidden=True)
+    node = graph.add(None, RawDriver(below), owned=False, hidden=True)
+    claim = below.users.claim(f"node '{node.name}'", Role.FILE, writes=False)
+    graph.put_on(node, below, claim)
+    return _Target(node, empty if mode == "absolute-paths" else None, release)

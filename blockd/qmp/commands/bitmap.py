@@ -37,16 +37,14 @@ def remove(services: Services, arguments: BlockDirtyBitmapRemove) -> None:
 
 async def clear(services: Services, arguments: BlockDirtyBitmapClear) -> None:
     node = _node(services, arguments.node)
-    bitmap = node.bitmaps.get(arguments.name)
     async with node.quiesced():
-        bitmap.clear()
+        node.bitmaps.get(arguments.name).clear()
 
 
 async def enable(services: Services, arguments: BlockDirtyBitmapEnable) -> None:
     node = _node(services, arguments.node)
-    bitmap = node.bitmaps.get(arguments.name)
     async with node.quiesced():
-        bitmap.enable()
+        node.bitmaps.get(arguments.name).enable()
 
 
 def disable(services: Services, arguments: BlockDirtyBitmapDisable) -> None:

@@ -87,7 +87,8 @@ async def _put(graph: Graph, options: NodeOptions, driver: Driver, *, owned: boo
         return graph.add(options.node_name, driver, owned=owned)
     except BlockdError:
         # Two nodes of one command wanted the same name.
-        await driver.close()
+        with trio.CancelScope(shield=True):
+            await driver.close()
         raise
 
 
@@ -102,7 +103,8 @@ async def _add_raw(graph: Graph, options: RawOptions, settled: _Inherited, *, ow
         return _stack(graph, options, settled, child, owned=owned)
     except BlockdError:
         if not isinstance(options.file, str):
-            await graph.remove(child)
+            with trio.CancelScope(shield=True):
+                await graph.remove(child)
         raise
 
 

@@ -144,16 +144,17 @@ def test_a_file_that_is_in_use_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_leak")
-def test_a_file_that_is_read_is_not_made_into_a_target(tmp_path: Path) -> None:
+async def test_a_file_that_is_read_is_not_made_into_a_target(tmp_path: Path) -> None:
     """It may be the very disk that is to be backed up."""
     path = tmp_path / "file"
     path.write_bytes(b"x" * 1000)
     reader = opened(path, read_only=True)
+    target = create_file(str(path), 5).driver
     with pytest.raises(BlockdError, match='Failed to get "resize" lock'):
-        create_file(str(path), 5)
+        await target.make_empty()
     assert path.read_bytes() == b"x" * 1000
     close(reader)
-    target = create_file(str(path), 5)
+    await target.make_empty()
     close(opened(path, read_only=True))
     close(target)
 
@@ -209,12 +210,15 @@ def test_auto_read_only_falls_back_where_writing_is_not_allowed(
 
 @pytest.mark.usefixtures("no_leak")
 @pytest.mark.parametrize("before", [None, b"", b"x" * 5000])
-def test_a_target_is_made_of_zeroes(tmp_path: Path, before: bytes | None) -> None:
+async def test_a_target_is_made_of_zeroes(tmp_path: Path, before: bytes | None) -> None:
     path = tmp_path / "target"
     if before is not None:
         path.write_bytes(before)
-    driver = create_file(str(path), 2048)
+    driver, created = create_file(str(path), 2048)
+    assert created is (before is None)
     assert driver.size_bytes == 2048
+    assert path.read_bytes() == (before or b"")
+    await driver.make_empty()
     assert path.read_bytes() == bytes(2048)
     assert path.stat().st_blocks == 0
     close(driver)

@@ -1,0 +1,115 @@
+"""A channel's own promises: replies never get into each other, receiving ends where it must."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from blockd import limits
+from blockd.nbd.activity import Activity
+from blockd.nbd.channel import Channel, ClientGone
+
+#: More than a socket takes.
+LARGE = memoryview(b"a" * 4 * 1024 * 1024)
+
+
+class Pair:
+    """A channel and the client's end of it."""
+
+    def __init__(self) -> None:
+        ours, self.client = socket.socketpair()
+        ours.setblocking(False)
+        self._ours = ours
+        self.activity = Activity()
+        self.channel = Channel(ours, self.activity)
+
+    def close(self) -> None:
+        self._ours.close()
+        self.client.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    pair = Pair()
+    yield pair
+    pair.close()
+
+
+async def test_a_burst_waits_for_a_reply_that_is_half_sent(pair: Pair) -> None:
+    received = bytearray()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pair.channel.send, LARGE)
+        await wait_all_tasks_blocked()
+        # There is room now, and the sender has not been told of it yet.
+        received += pair.client.recv(1024 * 1024)
+        nursery.start_soon(pair.channel.send_burst, memoryview(b"bbbb"))
+        nursery.start_soon(pair.channel.send, memoryview(b"cc"), memoryview(b"cc"))
+        while len(received) < len(LARGE) + 8:
+            await trio.lowlevel.wait_readable(pair.client)
+            received += pair.client.recv(1024 * 1024)
+    assert received[: len(LARGE)] == LARGE
+    assert bytes(received[len(LARGE) :]) in (b"bbbbcccc", b"ccccbbbb")
+
+
+async def test_a_burst_that_the_socket_takes_in_part_is_completed(pair: Pair) -> None:
+    received = bytearray()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pair.channel.send_burst, LARGE)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(pair.channel.send_burst, memoryview(b"bbbb"))
+        while len(received) < len(LARGE) + 4:
+            await trio.lowlevel.wait_readable(pair.client)
+            received += pair.client.recv(1024 * 1024)
+    assert received == bytes(LARGE) + b"bbbb"
+
+
+async def test_the_end_of_the_client_is_seen(pair: Pair) -> None:
+    view = memoryview(bytearray(10))
+    pair.client.send(b"xyz")
+    assert await pair.channel.receive_some_into(view) == 3
+    assert bytes(view[:3]) == b"xyz"
+    pair.client.close()
+    assert await pair.channel.receive_into(view) == 0
+    with pytest.raises(ClientGone):
+        await pair.channel.receive_some_into(view)
+
+
+async def test_a_wait_for_the_client_can_be_cancelled(pair: Pair) -> None:
+    view = memoryview(bytearray(10))
+    with pair.activity.serving():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pair.channel.receive_into, view)
+            await wait_all_tasks_blocked()
+            assert pair.activity._busy == 0
+            nursery.cancel_scope.cancel()
+        assert pair.activity._busy == 1
+    pair.client.send(b"later")
+    assert await pair.channel.receive_into(view) == 5
+
+
+async def test_a_client_that_always_has_more_to_say_lets_others_in(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: next(ticks) * limits.NBD_SLICE_SECONDS / 4)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    pair.client.send(bytes(100))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        for _ in range(100):
+            await pair.channel.receive_into(memoryview(bytearray(1)))
+        nursery.cancel_scope.cancel()
+    assert 10 <= turns <= 50
