@@ -66,6 +66,8 @@ NBD_SHARED_SLICE_SECONDS = 0.00025
 NBD_BURST_REQUESTS = 512
 #: Attempts to receive before a connection waits through the event loop (about 50 µs).
 NBD_SPINS_MAX = 128
+#: A wait through the event loop that ends sooner than this could have been a spin.
+NBD_SHORT_WAIT_SECONDS = 0.0002
 #: A client that has not come through its handshake by then is dropped.
 NBD_HANDSHAKE_SECONDS = 10
 #: Connections an NBD server takes when it is not told otherwise.
@@ -133,7 +135,7 @@ BACKUP_CHUNK_BYTES = 1 * MIB
 BACKUP_CHUNK_BUSY_BYTES = 256 * KIB
 #: What a thread copies in one hop, where it can, and the same while guests write; and the steps in
 #: which it does so, which stay in the processor's cache.
-BACKUP_SWEEP_BYTES = 4 * MIB
+BACKUP_SWEEP_BYTES = 8 * MIB
 BACKUP_SWEEP_BUSY_BYTES = 1 * MIB
 BACKUP_STEP_BYTES = 256 * KIB
 #: Guests that have written nothing for so long count as idle.

@@ -55,12 +55,6 @@ class Claim:
             self._news.set()
             self._news = None
 
-    def abandon(self) -> None:
-        """What is read from now on is of no use to anybody."""
-        if self.sweep is not None:
-            self.sweep.stop()
-        self.wake_waiters()
-
 
 class Clusters:
     """The clusters of one source, and which of them one backup wants.

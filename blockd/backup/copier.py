@@ -145,7 +145,14 @@ class Copier:
             clusters.settle_unread(piece.first, piece.end)
             return deque([OldData(piece.first, piece.end, None)])
         shift = clusters.shift
-        sweep = Sweep(piece.first, piece.end, clusters.length, shift=shift, step=self._step)
+        sweep = Sweep(
+            piece.first,
+            piece.end,
+            clusters.length,
+            shift=shift,
+            step=self._step,
+            unwanted=self._is_sweep_unwanted,
+        )
         claim = clusters.claim(piece.first, piece.end, sweep)
         try:
             swept = await self._target.write_by(
@@ -158,6 +165,10 @@ class Copier:
             raise
         return self._end_sweep(claim, swept, buffer)
 
+    def _is_sweep_unwanted(self) -> bool:
+        """Asked in a thread, so it only looks."""
+        return self.hook.abandoned or self._job.paused or self._job.speed > 0
+
     def _end_sweep(self, claim: Claim, swept: Swept, buffer: memoryview) -> deque[OldData]:
         clusters = self._clusters
         if self.hook.abandoned:
@@ -165,13 +176,12 @@ class Copier:
             clusters.give_back(claim)
             return deque()
         clusters.settle_to(claim, swept.read_end)
-        write_failed = swept.written_end < swept.read_end
         # Asked again, it is the other way of copying that meets the error and deals with it.
-        self._read_failed |= claim.first < claim.end and not write_failed
+        self._read_failed |= swept.read_end < swept.begun_end
         clusters.give_back(claim)
         if swept.first < swept.written_end:
             self._saved(OldData(swept.first, swept.written_end, None))
-        if not write_failed:
+        if swept.written_end == swept.read_end:
             return deque()
         view = buffer[: clusters.length(swept.written_end, swept.read_end)]
         return deque([OldData(swept.written_end, swept.read_end, view)])

@@ -74,7 +74,7 @@ class PointInTime:
         self.abandoned = True
         self._held.release_waiters()
         for claim in self._clusters.reading.values():
-            claim.abandon()
+            claim.wake_waiters()
 
     # -- inline ------------------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 A hop costs as much as copying half a mebibyte, so a thread takes a long run of clusters; and it
 copies them in steps that stay in the processor's cache. But a guest must never wait for the
 target, which may hang. So a guest that wants to write to a cluster which the thread has not begun
-takes it away, with all behind it; and a cluster that has been read is the guest's at once.
+takes it away, with all behind it; and a cluster that has been read is the guest's at once. Nor does
+a pause, a speed that is set or a cancel wait for more than the step which the thread is at.
 """
 
 from __future__ import annotations
@@ -21,24 +22,37 @@ from blockd.block import Descriptor
 class Swept:
     """How far a sweep came from ``first`` on: up to ``written_end`` the target has it.
 
-    What was read beyond, up to ``read_end``, is in the buffer: writing it failed.
+    What was read beyond, up to ``read_end``, is in the buffer: writing it failed. What was begun
+    beyond, up to ``begun_end``, could not be read.
     """
 
     first: int
     written_end: int
     read_end: int
+    begun_end: int
 
 
 class Sweep:
     """Copies clusters from ``first`` up to an end that may come nearer."""
 
     def __init__(
-        self, first: int, end: int, length: Callable[[int, int], int], *, shift: int, step: int
+        self,
+        first: int,
+        end: int,
+        length: Callable[[int, int], int],
+        *,
+        shift: int,
+        step: int,
+        unwanted: Callable[[], bool],
     ) -> None:
-        """``length``: the bytes of a range of clusters. ``step``: clusters copied at a time."""
+        """``length``: the bytes of a range of clusters. ``step``: clusters copied at a time.
+
+        ``unwanted`` is asked in the thread before each step: whether to stop there.
+        """
         self._length = length
         self._shift = shift
         self._step = step
+        self._unwanted = unwanted
         self._lock = threading.Lock()
         # Under the lock: clusters before `_begun` are not to be had any more, those before
         # `_read` are in the thread's buffer or on the target, `_end` is where the thread stops.
@@ -51,7 +65,10 @@ class Sweep:
     # -- in the thread -----------------------------------------------------------------------
 
     def copy(self, source: Descriptor, target: Descriptor, buffer: memoryview) -> Swept:
-        """Copy until the end, or until an I/O fails; ``buffer`` has room for a step. Blocks."""
+        """Copy until the end, or until an I/O fails, or this is unwanted. Blocks.
+
+        ``buffer`` has room for a step.
+        """
         written = self._first
         while (step := self._begin()) is not None:
             first, end = step
@@ -68,12 +85,12 @@ class Sweep:
             written = end
         if written > self._first:
             target.begin_writeback(self._first << self._shift, self._length(self._first, written))
-        return Swept(self._first, written, self._read)
+        return Swept(self._first, written, self._read, self._begun)
 
     def _begin(self) -> tuple[int, int] | None:
         with self._lock:
             first = self._begun
-            if first >= self._end:
+            if first >= self._end or self._unwanted():
                 return None
             self._begun = min(first + self._step, self._end)
             return first, self._begun
@@ -97,7 +114,7 @@ class Sweep:
         with self._lock:
             if cluster < self._begun:
                 return False
-            self._end = min(self._end, cluster)
+            self._end = cluster
             return True
 
     def tell_when_read(self, cluster: int, tell: Callable[[], None]) -> bool:
@@ -110,8 +127,3 @@ class Sweep:
                 return False
             self._tell = tell
             return True
-
-    def stop(self) -> None:
-        """Let the thread finish what it has begun, and nothing else."""
-        with self._lock:
-            self._end = self._begun

@@ -62,7 +62,8 @@ class Channel:
         """Spin for the next request, then wait for it.
 
         A client with one request in flight answers a reply within microseconds; a wait through
-        the event loop costs more than that. The count of spins follows their success.
+        the event loop costs more than that. The count of spins follows their success, and
+        grows again when a wait was so short that more of them would have met its end.
         """
         recv_into = self._sock.recv_into
         if self._activity.alone:
@@ -76,9 +77,12 @@ class Channel:
                     await self.end_turn()
                 return count
             self._spins = max(1, self._spins // 2)
+        began = time.monotonic()
         while True:
             with self._activity.waiting():
                 await trio.lowlevel.wait_readable(self._sock)
+            if time.monotonic() - began < limits.NBD_SHORT_WAIT_SECONDS:
+                self._spins = min(limits.NBD_SPINS_MAX, self._spins * 4)
             self._begin_slice()
             try:
                 return recv_into(view)

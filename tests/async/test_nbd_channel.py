@@ -113,3 +113,21 @@ async def test_a_client_that_always_has_more_to_say_lets_others_in(
             await pair.channel.receive_into(memoryview(bytearray(1)))
         nursery.cancel_scope.cancel()
     assert 10 <= turns <= 50
+
+
+@pytest.mark.parametrize(("short_seconds", "spins"), [(60.0, 4), (0.0, 1)])
+async def test_spins_come_back_after_short_waits(
+    monkeypatch: pytest.MonkeyPatch, short_seconds: float, spins: int
+) -> None:
+    """A client that was slow for a while must not be waited for through the loop for ever."""
+    monkeypatch.setattr(limits, "NBD_SHORT_WAIT_SECONDS", short_seconds)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        channel = Channel(ours, Activity())
+        channel._spins = 1
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(channel.receive_into, memoryview(bytearray(1)))
+            await wait_all_tasks_blocked()
+            theirs.send(b"x")
+        assert channel._spins == spins
