@@ -20,7 +20,7 @@ from blockd.qmp.commands import COMMANDS
 from blockd.qmp.dispatch import Command, Dispatcher, Failure, describe
 from blockd.qmp.services import Services
 from blockd.qmp.session import NEGOTIATION
-from blockd.qmp.types import backup, base, bitmap, block, export, job, meta
+from blockd.qmp.types import backup, base, bitmap, block, event, export, introspection, job, meta
 
 
 class Say(base.Command, kw_only=True):
@@ -207,8 +207,9 @@ def test_every_declaration_has_its_command() -> None:
 
 
 def test_every_module_of_declarations_is_looked_at() -> None:
-    looked_at = {each.__name__ for each in (backup, base, bitmap, block, export, job, meta)}
-    assert looked_at == {
+    of_commands = (backup, bitmap, block, export, job, meta)
+    of_others = (base, event, introspection)
+    assert {each.__name__ for each in (*of_commands, *of_others)} == {
         value.__name__ for value in vars(types).values() if type(value) is type(meta)
     }
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from blockd.job import MAY, NEXT
+from blockd.job import MAY, NEXT, Status
+from blockd.qmp.types.job import JobStatus
 
 STATES = Path(__file__).parents[2] / "protocol" / "states"
 
@@ -20,3 +21,7 @@ def test_a_job_goes_through_the_states_that_are_published() -> None:
     published = json.loads((STATES / "job.json").read_text())
     assert sets(published["next"]) == sets(NEXT)
     assert sets(published["may"]) == sets(MAY)
+
+
+def test_the_states_that_commands_and_events_tell_are_those() -> None:
+    assert get_args(JobStatus) == tuple(status.value for status in Status)

@@ -81,9 +81,13 @@ class QmpClient:
         """
         wanted = {member.replace("_", "-"): value for member, value in data.items()}
         while True:
-            event = self.events.popleft() if self.events else self._receive()
+            event = self.next_event()
             if event["event"] == name and wanted.items() <= event.get("data", {}).items():
                 return event
+
+    def next_event(self) -> dict[str, Any]:
+        """The oldest event that nobody has asked for; wait for one if need be."""
+        return self.events.popleft() if self.events else self._receive()
 
     def events_to_the_end(self) -> list[dict[str, Any]]:
         """All events that nobody has asked for, up to the one after which the daemon closed."""

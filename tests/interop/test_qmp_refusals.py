@@ -10,6 +10,8 @@ import pytest
 from msgspec import inspect
 
 from blockd.qmp.commands import COMMANDS
+from blockd.qmp.types.base import Nothing
+from blockd.qmp.types.event import EVENTS
 from tests.helpers.peer import Peer
 from tests.helpers.qmp_client import QmpClient, QmpError
 from tests.helpers.qmp_refusals import REFUSALS
@@ -39,10 +41,12 @@ class Schema:
     def __init__(self, entries: list[Info]) -> None:
         self._types = {entry["name"]: entry for entry in entries}
 
-    def arguments(self, command: str) -> Info:
-        entry = self._types[command]
-        assert entry["meta-type"] == "command"
-        return self[entry["arg-type"]]
+    def arguments(self, call: str) -> Info:
+        """Of a command, or the data of an event."""
+        return self[self._types[call]["arg-type"]]
+
+    def result(self, command: str) -> Info:
+        return self[self._types[command]["ret-type"]]
 
     def __getitem__(self, name: str) -> Info:
         info: Info = self._types[name]
@@ -63,6 +67,17 @@ def test_arguments_are_the_peers(peer: QmpClient) -> None:
     for command in COMMANDS:
         kind = inspect.type_info(command.declaration)
         comparison.check(kind, comparison.schema.arguments(command.name), command.name)
+
+
+def test_results_and_events_are_the_peers(peer: QmpClient) -> None:
+    """What may be absent there may be absent here; what never is there, never is here."""
+    comparison = Comparison(Schema(peer.execute("query-qmp-schema")))
+    for command in COMMANDS:
+        kind = inspect.type_info(getattr(command.declaration, "returns", Nothing))
+        comparison.check(kind, comparison.schema.result(command.name), command.name)
+    for event in EVENTS:
+        info = comparison.schema.arguments(event.event)
+        comparison.check(inspect.type_info(event), info, event.event)
 
 
 class Comparison:

@@ -39,6 +39,7 @@ RANK_OF = {
     "blockd.qmp.wire": "pure",
     "blockd.qmp.arguments": "pure",
     "blockd.qmp.framing": "pure",
+    "blockd.qmp.introspection": "pure",
     "blockd.qmp.session": "pure",
     "blockd.qmp.types": "pure",
     "blockd.systemd": "edges",

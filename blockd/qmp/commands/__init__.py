@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 from blockd.qmp.commands import backup, bitmap, block, export, job, meta
 from blockd.qmp.dispatch import Command
+from blockd.qmp.introspection import Entity, describe
 from blockd.qmp.services import Services
 from blockd.qmp.session import NEGOTIATION
 from blockd.qmp.types import backup as backup_types
 from blockd.qmp.types import bitmap as bitmap_types
 from blockd.qmp.types import block as block_types
+from blockd.qmp.types import event as event_types
 from blockd.qmp.types import export as export_types
 from blockd.qmp.types import job as job_types
 from blockd.qmp.types import meta as meta_types
@@ -20,8 +25,13 @@ def _query_commands(
     return [{"name": name} for name in (NEGOTIATION, *(command.name for command in COMMANDS))]
 
 
+def _query_qmp_schema(_services: Services, _arguments: meta_types.QueryQmpSchema) -> list[Entity]:
+    return schema()
+
+
 COMMANDS = [
     Command.of(meta_types.QueryCommands, _query_commands),
+    Command.of(meta_types.QueryQmpSchema, _query_qmp_schema),
     Command.of(meta_types.QueryVersion, meta.query_version),
     Command.of(meta_types.Quit, meta.quit_daemon, concurrent=True),
     Command("blockdev-add", block_types.BlockdevOptions, block.blockdev_add),
@@ -57,3 +67,11 @@ COMMANDS = [
     Command.of(job_types.BlockJobSetSpeed, job.block_set_speed),
     Command.of(job_types.QueryBlockJobs, job.query_block_jobs),
 ]
+
+
+@cache
+def schema() -> list[Entity]:
+    """What ``query-qmp-schema`` answers."""
+    declarations: dict[str, Any] = {command.name: command.declaration for command in COMMANDS}
+    declarations[NEGOTIATION] = meta_types.QmpCapabilities
+    return describe(declarations, event_types.EVENTS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta
@@ -12,10 +12,18 @@ class Object(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, kw_only
     """A JSON object. A member whose default is None may be left out, but is never ``null``."""
 
 
+class Nothing(Object, kw_only=True):
+    """An object without members."""
+
+
 class Command(Object, kw_only=True):
-    """The arguments of the command ``command``; the docstring says what it does."""
+    """The arguments of the command ``command``; the docstring says what it does.
+
+    ``returns`` declares what it answers.
+    """
 
     command: ClassVar[str]
+    returns: ClassVar[Any] = Nothing
 
 
 #: Integers as wide as the peer's; ``c_type`` says how wide, and how it names an unsigned one.

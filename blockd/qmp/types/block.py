@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from msgspec import Meta
+from msgspec import Meta, field
 
 from blockd.qmp.types.base import Command, Int64, Object
 
@@ -17,7 +17,7 @@ class CacheOptions(Object, kw_only=True):
 
 
 class NodeOptions(Object, kw_only=True):
-    """What every node takes.
+    """Make a node: the arguments of ``blockdev-add``, and of a node made along with another.
 
     ``node-name``: what other commands call it; at most 31 letters, digits, ``-``, ``.``, ``_``,
     a letter first. ``discard``: whether discarded blocks are given back to the storage.
@@ -51,7 +51,7 @@ class RawOptions(NodeOptions, tag_field="driver", tag="raw", kw_only=True):
     size: Int64 | None = None
 
 
-#: The arguments of ``blockdev-add``, which makes a node.
+#: The arguments of ``blockdev-add``.
 BlockdevOptions = RawOptions | FileOptions | HostDeviceOptions
 #: A node by name, or one to be made with the node that needs it.
 BlockdevRef = Annotated[
@@ -67,15 +67,104 @@ class BlockdevDel(Command, kw_only=True):
     node_name: str
 
 
+class FileSpecific(Object, kw_only=True):
+    """Nothing that is known of a file only."""
+
+
+class ImageSpecific(Object, kw_only=True):
+    """What only images of one format have."""
+
+
+class FileImageSpecific(ImageSpecific, tag_field="type", tag="file", kw_only=True):
+    """A file."""
+
+    data: FileSpecific
+
+
+class ImageInfo(Object, kw_only=True):
+    """An image. ``virtual-size``: what guests see. ``actual-size``: what it takes of the storage.
+
+    ``dirty-flag``: it was not closed in order.
+    """
+
+    filename: str
+    format: str
+    dirty_flag: bool | None = None
+    actual_size: int | None = None
+    virtual_size: int
+    format_specific: FileImageSpecific | None = None
+
+
+class NodeCacheInfo(Object, kw_only=True):
+    """The node's cache options; ``writeback`` is always true."""
+
+    writeback: bool
+    direct: bool
+    no_flush: bool
+
+
+class BlockDirtyInfo(Object, kw_only=True):
+    """A dirty bitmap.
+
+    ``name``: absent for one that a job has put in the place of a frozen one. ``count``: dirty
+    bytes. ``granularity``: in bytes. ``busy``: a job has it, and no command may change it.
+    """
+
+    name: str | None = None
+    count: int
+    granularity: int
+    recording: bool
+    busy: bool
+    persistent: bool
+
+
+class BlockDeviceInfo(Object, kw_only=True):
+    """A node. ``file``: its storage. ``ro``: read-only. ``drv``: its driver.
+
+    Nodes have no throttling, encryption, write threshold or backing file, and zeroes are not
+    looked for in what is written: these members always say so.
+    """
+
+    file: str
+    node_name: str | None = None
+    ro: bool
+    drv: str
+    backing_file_depth: int = field(name="backing_file_depth")
+    active: bool
+    encrypted: bool
+    detect_zeroes: Literal["off"] = field(name="detect_zeroes")
+    bps: int
+    bps_rd: int = field(name="bps_rd")
+    bps_wr: int = field(name="bps_wr")
+    iops: int
+    iops_rd: int = field(name="iops_rd")
+    iops_wr: int = field(name="iops_wr")
+    image: ImageInfo
+    cache: NodeCacheInfo
+    write_threshold: int = field(name="write_threshold")
+    dirty_bitmaps: list[BlockDirtyInfo] | None = None
+
+
 class QueryNamedBlockNodes(Command, kw_only=True):
     """All nodes, newest first. ``flat``: without the chain of backing files below each."""
 
     command: ClassVar[str] = "query-named-block-nodes"
+    returns: ClassVar[Any] = list[BlockDeviceInfo]
 
     flat: bool = False
+
+
+class BlockInfo(Object, kw_only=True):
+    """A device of a virtual machine: there is none."""
+
+    device: str
+    type: str
+    removable: bool
+    locked: bool
 
 
 class QueryBlock(Command, kw_only=True):
     """The devices of a virtual machine: none, as with the peer, so the answer is ``[]``."""
 
     command: ClassVar[str] = "query-block"
+    returns: ClassVar[Any] = list[BlockInfo]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from blockd.qmp.types.base import Command, Object, UInt32
 
@@ -22,13 +22,17 @@ class UnixData(Object, kw_only=True):
     path: str
 
 
-class InetAddress(Object, tag_field="type", tag="inet", kw_only=True):
+class SocketAddress(Object, kw_only=True):
+    """Where a server listens."""
+
+
+class InetAddress(SocketAddress, tag_field="type", tag="inet", kw_only=True):
     """A TCP address."""
 
     data: InetData
 
 
-class UnixAddress(Object, tag_field="type", tag="unix", kw_only=True):
+class UnixAddress(SocketAddress, tag_field="type", tag="unix", kw_only=True):
     """A Unix socket's address."""
 
     data: UnixData
@@ -54,17 +58,22 @@ class NbdServerStop(Command, kw_only=True):
     command: ClassVar[str] = "nbd-server-stop"
 
 
-class NbdExport(Object, tag_field="type", tag="nbd", kw_only=True):
-    """The arguments of ``block-export-add``: an NBD export of a node.
+class ExportOptions(Object, kw_only=True):
+    """Export a node: the arguments of ``block-export-add``.
 
-    ``name``: what clients ask for, by default the node's name. ``writethrough``: every write is
-    on stable storage before it is answered.
+    ``id``: what other commands and events call the export. ``writethrough``: every write is on
+    stable storage before it is answered.
     """
 
     id: str
     node_name: str
     writable: bool = False
     writethrough: bool = False
+
+
+class NbdExport(ExportOptions, tag_field="type", tag="nbd", kw_only=True):
+    """An NBD export. ``name``: what clients ask for, by default the node's name."""
+
     name: str | None = None
     description: str = ""
 
@@ -78,7 +87,17 @@ class BlockExportDel(Command, kw_only=True):
     mode: Literal["safe", "hard"] = "safe"
 
 
+class BlockExportInfo(Object, kw_only=True):
+    """An export. ``shutting-down``: it takes no new clients, and goes when the last one has."""
+
+    id: str
+    type: Literal["nbd"]
+    node_name: str
+    shutting_down: bool
+
+
 class QueryBlockExports(Command, kw_only=True):
     """All exports, newest first."""
 
     command: ClassVar[str] = "query-block-exports"
+    returns: ClassVar[Any] = list[BlockExportInfo]

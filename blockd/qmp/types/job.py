@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
-from blockd.qmp.types.base import Command, Int64
+from blockd.qmp.types.base import Command, Int64, Object
+
+#: The protocol's kinds, so that a client's own list is the same for both; here are only backups.
+JobType = Literal[
+    "commit",
+    "stream",
+    "mirror",
+    "backup",
+    "create",
+    "amend",
+    "snapshot-load",
+    "snapshot-save",
+    "snapshot-delete",
+]
+JobStatus = Literal[
+    "undefined",
+    "created",
+    "running",
+    "paused",
+    "ready",
+    "standby",
+    "waiting",
+    "pending",
+    "aborting",
+    "concluded",
+    "null",
+]
 
 
 class OfJob(Command, kw_only=True):
@@ -109,13 +135,48 @@ class BlockJobSetSpeed(OfBlockJob, kw_only=True):
     speed: Int64
 
 
+class JobInfo(Object, kw_only=True):
+    """A job. ``total-progress`` is an estimate. ``error``: why it failed."""
+
+    id: str
+    type: JobType
+    status: JobStatus
+    current_progress: int
+    total_progress: int
+    error: str | None = None
+
+
 class QueryJobs(Command, kw_only=True):
     """All jobs, newest first."""
 
     command: ClassVar[str] = "query-jobs"
+    returns: ClassVar[Any] = list[JobInfo]
+
+
+class BlockJobInfo(Object, kw_only=True):
+    """A job in the older form: ``device`` is its id, ``offset`` of ``len`` bytes are done.
+
+    ``busy``: it is at work. ``speed``: its limit, in bytes per second. ``io-status``: the kind of
+    error that it stopped at. ``ready``: it could be completed. ``error``: why it failed.
+    """
+
+    type: JobType
+    device: str
+    len: int
+    offset: int
+    busy: bool
+    paused: bool
+    speed: int
+    io_status: Literal["ok", "failed", "nospace"]
+    ready: bool
+    status: JobStatus
+    auto_finalize: bool
+    auto_dismiss: bool
+    error: str | None = None
 
 
 class QueryBlockJobs(Command, kw_only=True):
     """All jobs, newest first, in the older form."""
 
     command: ClassVar[str] = "query-block-jobs"
+    returns: ClassVar[Any] = list[BlockJobInfo]

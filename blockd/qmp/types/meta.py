@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from blockd.qmp.types.base import Command
+from blockd.qmp.types.base import Command, Object
+from blockd.qmp.types.introspection import SchemaEntity
 
 
 class QmpCapabilities(Command, kw_only=True):
@@ -19,16 +20,50 @@ class QmpCapabilities(Command, kw_only=True):
     enable: list[Literal["oob"]] | None = None
 
 
+class VersionTriple(Object, kw_only=True):
+    """A version's numbers."""
+
+    major: int
+    minor: int
+    micro: int
+
+
+class VersionInfo(Object, kw_only=True):
+    """``qemu``: whose protocol this is. ``package``: ``blockd`` and its own version."""
+
+    qemu: VersionTriple
+    package: str
+
+
 class QueryVersion(Command, kw_only=True):
     """The version of QEMU whose protocol this is, and of this daemon (``package``)."""
 
     command: ClassVar[str] = "query-version"
+    returns: ClassVar[Any] = VersionInfo
+
+
+class CommandInfo(Object, kw_only=True):
+    """A command that there is."""
+
+    name: str
 
 
 class QueryCommands(Command, kw_only=True):
     """The names of all commands."""
 
     command: ClassVar[str] = "query-commands"
+    returns: ClassVar[Any] = list[CommandInfo]
+
+
+class QueryQmpSchema(Command, kw_only=True):
+    """Every command and event with its types, in QEMU's form.
+
+    A member that has ``default`` may be left out. An object with ``tag`` has the members of the
+    variant that this member names, too. What types are called may change; what they hold counts.
+    """
+
+    command: ClassVar[str] = "query-qmp-schema"
+    returns: ClassVar[Any] = list[SchemaEntity]
 
 
 class Quit(Command, kw_only=True):

@@ -1,0 +1,93 @@
+"""Events: the data of each. Whoever has negotiated hears all that happens from then on."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from blockd.qmp.types.base import Object
+from blockd.qmp.types.job import JobStatus, JobType
+
+
+class Event(Object, kw_only=True):
+    """The data of the event ``event``; the docstring says when it is sent."""
+
+    event: ClassVar[str]
+
+
+class JobStatusChange(Event, kw_only=True):
+    """A job's status is now ``status``."""
+
+    event: ClassVar[str] = "JOB_STATUS_CHANGE"
+
+    id: str
+    status: JobStatus
+
+
+class BlockJobPending(Event, kw_only=True):
+    """A job with ``auto-finalize`` false has done its work, and waits for ``job-finalize``."""
+
+    event: ClassVar[str] = "BLOCK_JOB_PENDING"
+
+    type: JobType
+    id: str
+
+
+class BlockJobError(Event, kw_only=True):
+    """Reading the source or writing the target failed; ``action`` is what the job does about it.
+
+    With ``stop`` it is paused until it is resumed.
+    """
+
+    event: ClassVar[str] = "BLOCK_JOB_ERROR"
+
+    device: str
+    operation: Literal["read", "write"]
+    action: Literal["ignore", "report", "stop"]
+
+
+class BlockJobEnd(Event, kw_only=True):
+    """How a job ended.
+
+    ``device``: its id. ``offset`` of ``len`` bytes were done. ``speed``: its limit, in bytes per
+    second, 0 for none.
+    """
+
+    event: ClassVar[str] = ""
+
+    type: JobType
+    device: str
+    len: int
+    offset: int
+    speed: int
+
+
+class BlockJobCompleted(BlockJobEnd, kw_only=True):
+    """A job ended by itself: well, or with ``error``."""
+
+    event: ClassVar[str] = "BLOCK_JOB_COMPLETED"
+
+    error: str | None = None
+
+
+class BlockJobCancelled(BlockJobEnd, kw_only=True):
+    """A job was cancelled."""
+
+    event: ClassVar[str] = "BLOCK_JOB_CANCELLED"
+
+
+class BlockExportDeleted(Event, kw_only=True):
+    """An export is gone, with its last client."""
+
+    event: ClassVar[str] = "BLOCK_EXPORT_DELETED"
+
+    id: str
+
+
+EVENTS: list[type[Event]] = [
+    JobStatusChange,
+    BlockJobPending,
+    BlockJobError,
+    BlockJobCompleted,
+    BlockJobCancelled,
+    BlockExportDeleted,
+]
