@@ -52,7 +52,9 @@ class Failure:
     message: str
 
 
-_CLASSES = {
+#: The class of each kind of refusal; that of any other failure is the first.
+ERROR_CLASSES: dict[type[BlockdError], str] = {
+    BlockdError: "GenericError",
     CommandNotFoundError: "CommandNotFound",
     DeviceNotActiveError: "DeviceNotActive",
     DeviceNotFoundError: "DeviceNotFound",
@@ -62,7 +64,7 @@ _CLASSES = {
 def describe(error: Exception) -> Failure:
     """What a client is told of an error; one that should not have been is logged."""
     if isinstance(error, BlockdError):
-        return Failure(_CLASSES.get(type(error), "GenericError"), error.message)
+        return Failure(ERROR_CLASSES.get(type(error), "GenericError"), error.message)
     if isinstance(error, OSError) and error.errno is not None:
         return Failure("GenericError", os.strerror(error.errno))
     _log.error("a command failed unexpectedly", exc_info=error)

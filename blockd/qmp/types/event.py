@@ -1,4 +1,4 @@
-"""Events: the data of each. Whoever has negotiated hears all that happens from then on."""
+"""Events. Whoever has negotiated hears all that happens from then on."""
 
 from __future__ import annotations
 
