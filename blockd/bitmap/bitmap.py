@@ -140,10 +140,10 @@ class DirtyBitmap:
         self._owner.fold()
         return self._named_bits.count_bytes
 
-    def digest(self) -> str:
-        """SHA-256 of the named bitmap's bits, as the peer computes it; for debugging."""
+    def copy_bits(self) -> Bits:
+        """A copy of the named bitmap's bits, without its successor's, in every state."""
         self._owner.fold()
-        return self._named_bits.digest()
+        return self._named_bits.copy()
 
     def check_usable(self) -> None:
         """Raise ``BlockdError`` where the bitmap is in use, as every command about it would."""

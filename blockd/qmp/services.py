@@ -29,3 +29,5 @@ class Services:
     ending: bool = False
     #: Held by the command that changes something: one at a time, as in the peer.
     changes: trio.Lock = field(default_factory=trio.Lock)
+    #: Held by the command that computes a bitmap's digest.
+    digests: trio.Lock = field(default_factory=trio.Lock)

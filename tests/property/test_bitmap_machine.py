@@ -368,10 +368,14 @@ class Bitmaps(RuleBasedStateMachine):
             return
         bitmap, model = found
         if model.use == "free":
-            before = self.nodes[index].infos(), bitmap.digest(), type(bitmap.state)
+            before = self.nodes[index].infos(), bitmap.copy_bits().digest(), type(bitmap.state)
             bitmap.freeze("job").reclaim()
             self.models[index].next_rank()
-            assert (self.nodes[index].infos(), bitmap.digest(), type(bitmap.state)) == before
+            assert (
+                self.nodes[index].infos(),
+                bitmap.copy_bits().digest(),
+                type(bitmap.state),
+            ) == before
 
     # -- what holds --------------------------------------------------------------------------
 

@@ -221,11 +221,23 @@ def test_frozen(node: NodeBitmaps, *, disabled: bool) -> None:
     assert (bitmap.recording, bitmap.busy) == (not disabled, False)
 
 
+def test_a_copy_of_a_frozen_bitmap_is_that_of_its_start(
+    node: NodeBitmaps, bitmap: DirtyBitmap
+) -> None:
+    write(node, 1)
+    freeze = bitmap.freeze("job")
+    write(node, 2)
+    copied = bitmap.copy_bits()
+    assert dirty(copied) == {1}
+    freeze.reclaim()
+    assert (dirty(copied), dirty(bitmap.copy_bits())) == ({1}, {1, 2})
+
+
 def test_reclaim_with_nothing_written(node: NodeBitmaps, bitmap: DirtyBitmap) -> None:
     write(node, 1, 5)
-    before, digest = node.infos(), bitmap.digest()
+    before, digest = node.infos(), bitmap.copy_bits().digest()
     bitmap.freeze("job").reclaim()
-    assert (node.infos(), bitmap.digest()) == (before, digest)
+    assert (node.infos(), bitmap.copy_bits().digest()) == (before, digest)
 
 
 @pytest.mark.parametrize(

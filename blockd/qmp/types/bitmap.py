@@ -1,4 +1,4 @@
-"""Dirty bitmaps. All of these commands answer nothing (``{}``)."""
+"""Dirty bitmaps. Where nothing else is said, a command answers nothing (``{}``)."""
 
 from __future__ import annotations
 
@@ -81,3 +81,17 @@ class BlockDirtyBitmapMerge(Command, kw_only=True):
     node: str
     target: str
     bitmaps: list[BitmapSource]
+
+
+class XDebugBlockDirtyBitmapSha256(Command, kw_only=True):
+    """For debugging: the SHA-256, in hex, of a bitmap's bits, as ``{"sha256": DIGEST}``.
+
+    They are hashed as an array of little-endian 64-bit words, the lowest granule first, so the
+    answer takes time in proportion to the node's size. While a job uses the bitmap, they are
+    those that the bitmap had at the job's start.
+    """
+
+    command: ClassVar[str] = "x-debug-block-dirty-bitmap-sha256"
+
+    node: str
+    name: str

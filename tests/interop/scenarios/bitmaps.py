@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from tests.helpers.scenario import MIB, Bitmaps, Scenario, Write, do
-from tests.interop.scenarios.words import bitmap, each_bitmap_command, export, merge, node, server
+from tests.helpers.scenario import MIB, Bitmaps, Do, Scenario, Write, do
+from tests.interop.scenarios.words import (
+    GUEST_DISKS,
+    bitmap,
+    each_bitmap_command,
+    export,
+    merge,
+    node,
+    server,
+    slow_backup,
+)
 
 KIB = 1024
 COMMANDS = ("remove", "clear", "enable", "disable")
+SHA256 = "x-debug-block-dirty-bitmap-sha256"
+
+
+def sha256(on: str, name: str) -> Do:
+    return do(SHA256, node=on, name=name)
+
 
 SCENARIOS = [
     Scenario(
@@ -176,6 +191,31 @@ SCENARIOS = [
             merge("nope", "full"),
             merge("full", "nope", on="nope"),
             Bitmaps("n"),
+        ],
+    ),
+    Scenario(
+        "bitmap-digests",
+        [
+            *GUEST_DISKS,
+            bitmap("a"),
+            bitmap("b", granularity=512),
+            bitmap("off", disabled=True),
+            sha256("nope", "a"),
+            sha256("n", "nope"),
+            sha256("", ""),
+            do(SHA256, node="n"),
+            do(SHA256, name="a"),
+            do(SHA256, node="n", name="a", x=1),
+            sha256("n", "a"),
+            Write("n", 100000, 70000),
+            Write("n", 3 * MIB - 1, 1),
+            *[sha256("n", name) for name in ("a", "b", "off")],
+            *slow_backup(sync="bitmap", bitmap="a", bitmap_mode="on-success"),
+            sha256("n", "a"),
+            Write("n", 2 * MIB, 1),
+            sha256("n", "a"),
+            do("job-cancel", id="j"),
+            sha256("n", "a"),
         ],
     ),
     Scenario(
