@@ -47,6 +47,8 @@ COMMANDS = [
     Command.of(bitmap_types.XDebugBlockDirtyBitmapSha256, bitmap.sha256, concurrent=True),
     Command.of(export_types.NbdServerStart, export.nbd_server_start),
     Command.of(export_types.NbdServerStop, export.nbd_server_stop, concurrent=True),
+    Command.of(export_types.NbdServerAdd, export.nbd_server_add),
+    Command.of(export_types.NbdServerRemove, export.nbd_server_remove, concurrent=True),
     Command("block-export-add", export_types.NbdExport, export.block_export_add),
     Command.of(export_types.BlockExportDel, export.block_export_del, concurrent=True),
     Command.of(export_types.QueryBlockExports, export.query_block_exports),

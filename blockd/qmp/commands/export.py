@@ -12,6 +12,8 @@ from blockd.qmp.types.export import (
     BlockExportDel,
     InetAddress,
     NbdExport,
+    NbdServerAdd,
+    NbdServerRemove,
     NbdServerStart,
     NbdServerStop,
     QueryBlockExports,
@@ -62,6 +64,26 @@ def block_export_add(services: Services, arguments: NbdExport) -> None:
             hold=hold,
         )
     )
+
+
+def nbd_server_add(services: Services, arguments: NbdServerAdd) -> None:
+    node = services.graph.get(arguments.device, device=arguments.device)
+    name = arguments.device if arguments.name is None else arguments.name
+    block_export_add(
+        services,
+        NbdExport(
+            id=name,
+            node_name=node.name,
+            name=name,
+            description=arguments.description,
+            # The peer downgrades here what it refuses in the newer form.
+            writable=arguments.writable and not node.read_only,
+        ),
+    )
+
+
+async def nbd_server_remove(services: Services, arguments: NbdServerRemove) -> None:
+    await services.nbd.remove(arguments.name, hard=arguments.mode == "hard")
 
 
 async def block_export_del(services: Services, arguments: BlockExportDel) -> None:

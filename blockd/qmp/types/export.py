@@ -87,6 +87,30 @@ class BlockExportDel(Command, kw_only=True):
     mode: Literal["safe", "hard"] = "safe"
 
 
+class NbdServerAdd(Command, kw_only=True):
+    """The older form of ``block-export-add``, for the node ``device``.
+
+    ``name`` is the export's name and its id, by default the node's name. ``writable``: as far as
+    the node is.
+    """
+
+    command: ClassVar[str] = "nbd-server-add"
+
+    name: str | None = None
+    description: str = ""
+    device: str
+    writable: bool = False
+
+
+class NbdServerRemove(Command, kw_only=True):
+    """The older form of ``block-export-del``; ``name`` is the export's id."""
+
+    command: ClassVar[str] = "nbd-server-remove"
+
+    name: str
+    mode: Literal["safe", "hard"] = "safe"
+
+
 class BlockExportInfo(Object, kw_only=True):
     """An export. ``shutting-down``: it takes no new clients, and goes when the last one has."""
 

@@ -27,6 +27,8 @@ from tests.interop.scenarios.words import (
     unexport,
 )
 
+ADD = "nbd-server-add"
+REMOVE = "nbd-server-remove"
 STOP = do("nbd-server-stop")
 EXPORTS = do("query-block-exports")
 LONG = "x" * 4097
@@ -102,6 +104,55 @@ SCENARIOS = [
             export("f", "t", name="n", description=LONG),
             export("f", "t", name="n"),
             unexport("nope"),
+        ],
+    ),
+    Scenario(
+        "export-in-the-older-form",
+        [
+            node("n"),
+            node("m", read_only=True),
+            server(),
+            do(ADD, device="n", writable=True, description="disk n"),
+            do(ADD, device="n", name="f"),
+            do(ADD, device="m", writable=True),
+            export("g", name="named"),
+            EXPORTS,
+            *[Told(name) for name in ("n", "f", "m")],
+            *[do(REMOVE, name=name) for name in ("f", "f", "named", "g")],
+            Write("n", 1, 3),
+            do(REMOVE, name="n"),
+            do(REMOVE, name="n", mode="safe"),
+            Both(do(REMOVE, name="n", mode="hard"), Until("BLOCK_EXPORT_DELETED")),
+            CutOff("n"),
+            EXPORTS,
+        ],
+    ),
+    Scenario(
+        "export-in-the-older-form-refusals",
+        [
+            node("n"),
+            do(ADD, device="nope", name=""),
+            do(ADD, device="", name=""),
+            do(ADD, device="n", name=LONG),
+            server(),
+            *[do(ADD, device="n", name=bad) for bad in ("", "1", "a b", "#a", "é", LONG)],
+            do(ADD, device="n", description=LONG),
+            export("e", name="named"),
+            do(ADD, device="n", name="e"),
+            do(ADD, device="n", name="named"),
+            do(ADD, device="n"),
+            do(ADD, device="n"),
+            do(REMOVE, name="nope"),
+            do(ADD),
+            do(ADD, device=1),
+            do(ADD, device="n", name=1),
+            do(ADD, device="n", description=1),
+            do(ADD, device="n", writable=1),
+            do(ADD, device="n", x=1),
+            do(REMOVE),
+            do(REMOVE, name=1),
+            do(REMOVE, name="n", mode="x"),
+            do(REMOVE, name="n", x=1),
         ],
     ),
     Scenario(
