@@ -237,6 +237,11 @@ class Job(ABC):
         """End the ``ready`` phase. No job here has one, so the job's status always refuses."""
         self._require(Verb.COMPLETE)
 
+    def change(self) -> None:
+        """Change what the job does. No job here can, but its status is looked at first."""
+        self._require(Verb.CHANGE)
+        raise BlockdError("Job type does not support change")
+
     async def cancel(self) -> None:
         """Cancel the job and wait until it has concluded.
 

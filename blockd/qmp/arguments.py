@@ -41,18 +41,23 @@ def _check_object(kinds: tuple[inspect.StructType, ...], value: Any, path: str) 
     """Check an object that is one of ``kinds``, which a tag tells apart."""
     if not isinstance(value, dict):
         raise _wrong_type(path, "object")
+    before_tag = getattr(kinds[0].cls, "before_tag", ())
+    _check_members((each for each in kinds[0].fields if each.name in before_tag), value, path)
     kind = _chosen(kinds, value, path)
-    known = set() if kind.tag_field is None else {kind.tag_field}
-    for field in kind.fields:
-        known.add(field.encode_name)
+    _check_members(kind.fields, value, path)
+    known = {field.encode_name for field in kind.fields} | {kind.tag_field}
+    for member in value:
+        if member not in known:
+            raise BlockdError(f"Parameter '{_join(path, member)}' is unexpected")
+
+
+def _check_members(fields: Iterable[inspect.Field], value: dict[str, Any], path: str) -> None:
+    for field in fields:
         name = _join(path, field.encode_name)
         if field.encode_name in value:
             _check(field.type, value[field.encode_name], name)
         elif field.required:
             raise BlockdError(f"Parameter '{name}' is missing")
-    for member in value:
-        if member not in known:
-            raise BlockdError(f"Parameter '{_join(path, member)}' is unexpected")
 
 
 def _chosen(

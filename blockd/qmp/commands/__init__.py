@@ -68,6 +68,7 @@ COMMANDS = [
     Command.of(job_types.BlockJobFinalize, job.block_finalize, concurrent=True),
     Command.of(job_types.BlockJobDismiss, job.block_dismiss),
     Command.of(job_types.BlockJobSetSpeed, job.block_set_speed),
+    Command("block-job-change", job_types.BlockJobChangeOptions, job.block_change),
     Command.of(job_types.QueryBlockJobs, job.query_block_jobs),
 ]
 

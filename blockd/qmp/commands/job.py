@@ -9,6 +9,7 @@ from blockd.job import Status
 from blockd.qmp.services import Services
 from blockd.qmp.types.job import (
     BlockJobCancel,
+    BlockJobChangeOptions,
     BlockJobDismiss,
     BlockJobFinalize,
     BlockJobSetSpeed,
@@ -72,6 +73,10 @@ def block_dismiss(services: Services, arguments: BlockJobDismiss) -> None:
 
 def block_set_speed(services: Services, arguments: BlockJobSetSpeed) -> None:
     services.jobs.get_legacy(arguments.device).set_speed(arguments.speed)
+
+
+def block_change(services: Services, arguments: BlockJobChangeOptions) -> None:
+    services.jobs.get_legacy(arguments.id).change()
 
 
 def query_jobs(services: Services, _arguments: QueryJobs) -> list[dict[str, Any]]:

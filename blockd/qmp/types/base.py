@@ -11,6 +11,9 @@ from msgspec import Meta
 class Object(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, kw_only=True):
     """A JSON object. A member whose default is None may be left out, but is never ``null``."""
 
+    #: Members of a tagged object that the peer looks at before its tag.
+    before_tag: ClassVar[tuple[str, ...]] = ()
+
 
 class Nothing(Object, kw_only=True):
     """An object without members."""

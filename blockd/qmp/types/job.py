@@ -135,6 +135,67 @@ class BlockJobSetSpeed(OfBlockJob, kw_only=True):
     speed: Int64
 
 
+class ChangeOptions(Object, kw_only=True):
+    """The arguments of ``block-job-change``: the job, and the type that it is said to have."""
+
+    before_tag: ClassVar[tuple[str, ...]] = ("id",)
+
+    id: str
+
+
+class ChangeMirror(ChangeOptions, tag_field="type", tag="mirror", kw_only=True):
+    """Change how a mirror copies; there is no such job here."""
+
+    copy_mode: Literal["background", "write-blocking"]
+
+
+class ChangeAmend(ChangeOptions, tag_field="type", tag="amend", kw_only=True):
+    """A job of this type has nothing to be changed."""
+
+
+class ChangeBackup(ChangeOptions, tag_field="type", tag="backup", kw_only=True):
+    """A job of this type has nothing to be changed."""
+
+
+class ChangeCommit(ChangeOptions, tag_field="type", tag="commit", kw_only=True):
+    """A job of this type has nothing to be changed."""
+
+
+class ChangeCreate(ChangeOptions, tag_field="type", tag="create", kw_only=True):
+    """A job of this type has nothing to be changed."""
+
+
+class ChangeSnapshotLoad(ChangeOptions, tag_field="type", tag="snapshot-load", kw_only=True):
+    """A job of this type has nothing to be changed."""
+
+
+class ChangeSnapshotSave(ChangeOptions, tag_field="type", tag="snapshot-save", kw_only=True):
+    """A job of this type has nothing to be changed."""
+
+
+class ChangeSnapshotDelete(ChangeOptions, tag_field="type", tag="snapshot-delete", kw_only=True):
+    """A job of this type has nothing to be changed."""
+
+
+class ChangeStream(ChangeOptions, tag_field="type", tag="stream", kw_only=True):
+    """A job of this type has nothing to be changed."""
+
+
+#: What a job is to become. Every job here is a backup, which can't be changed, so that is always
+#: refused; but a client is told so only after its arguments were looked at.
+BlockJobChangeOptions = (
+    ChangeMirror
+    | ChangeAmend
+    | ChangeBackup
+    | ChangeCommit
+    | ChangeCreate
+    | ChangeSnapshotLoad
+    | ChangeSnapshotSave
+    | ChangeSnapshotDelete
+    | ChangeStream
+)
+
+
 class JobInfo(Object, kw_only=True):
     """A job. ``total-progress`` is an estimate. ``error``: why it failed."""
 

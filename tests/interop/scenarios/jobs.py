@@ -35,6 +35,11 @@ RESUME = do("job-resume", id="j")
 CANCEL = do("job-cancel", id="j")
 LEGACY_CANCEL = do("block-job-cancel", device="j")
 SET_SPEED = "block-job-set-speed"
+CHANGE = "block-job-change"
+JOB_TYPES = (
+    *("amend", "backup", "commit", "create", "mirror", "stream"),
+    *("snapshot-delete", "snapshot-load", "snapshot-save"),
+)
 PENDING = Until("BLOCK_JOB_PENDING")
 ERROR = Until("BLOCK_JOB_ERROR")
 
@@ -164,6 +169,34 @@ SCENARIOS = [
             *QUERIES,
             do(SET_SPEED, device="j", speed=0),
             ENDED,
+        ],
+    ),
+    Scenario(
+        "job-can-not-be-changed",
+        [
+            *DISKS,
+            do(CHANGE),
+            do(CHANGE, id="j"),
+            do(CHANGE, type="mirror"),
+            do(CHANGE, id=1, type="backup"),
+            do(CHANGE, id="j", type=1),
+            do(CHANGE, id="j", type="wat"),
+            do(CHANGE, id="j", type="mirror"),
+            do(CHANGE, id="j", type="mirror", copy_mode="wat"),
+            do(CHANGE, id="j", type="mirror", copy_mode="background"),
+            *slow_backup(auto_finalize=False, auto_dismiss=False),
+            do(CHANGE, id="j", type="mirror", copy_mode="background", x=1),
+            do(CHANGE, id="j", type="backup", copy_mode="background"),
+            *[do(CHANGE, id="j", type=kind) for kind in JOB_TYPES],
+            PAUSE,
+            status("paused"),
+            do(CHANGE, id="j", type="backup"),
+            RESUME,
+            do(SET_SPEED, device="j", speed=0),
+            PENDING,
+            do(CHANGE, id="j", type="backup"),
+            do("job-finalize", id="j"),
+            do(CHANGE, id="j", type="backup"),
         ],
     ),
     Scenario("job-cancelled", [*DISKS, *slow_backup(), CANCEL, *QUERIES]),
