@@ -85,7 +85,7 @@ class BackupJob(Job):
         return IncompleteMark(
             target_path,
             self.id,
-            full=self._plan.sync is Sync.FULL,
+            full=not self._plan.sync.by_bitmap,
             need=need,
             emptied=self._empty_target is not None,
         )
@@ -116,7 +116,14 @@ class BackupJob(Job):
                 copy_cluster_bytes(self._target.driver.cluster_size_bytes),
                 None if frozen is None else frozen.wanted,
             )
-            self._copier = Copier(self, self._source, self._target, self._clusters, self._on_errors)
+            self._copier = Copier(
+                self,
+                self._source,
+                self._target,
+                self._clusters,
+                self._on_errors,
+                background=self._plan.sync is not Sync.NONE,
+            )
         except BaseException:
             if frozen is not None:
                 frozen.conclude(succeeded=False, unsaved=None)
@@ -159,6 +166,9 @@ class BackupJob(Job):
         """
         self._copier.hook.abandon()
         try:
+            if self.cancelled and self._plan.sync is Sync.NONE:
+                # That is how such a backup ends well: its target has all that it kept.
+                await self._copier.drain()
             unsaved = await self._list_unsaved_after_failure()
             async with self._source.quiesced():
                 self._end(succeeded=False, unsaved=unsaved)

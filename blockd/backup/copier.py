@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import mmap
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ from blockd.backup.source_map import SourceMap
 from blockd.backup.sweep import Sweep, Swept
 from blockd.block import Descriptor, Node
 from blockd.job import ErrorAction, IoStatus, Job, OnError, action_on_error
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +42,22 @@ class Copier:
     """
 
     def __init__(
-        self, job: Job, source: Node, target: Node, clusters: Clusters, on_errors: OnErrors
+        self,
+        job: Job,
+        source: Node,
+        target: Node,
+        clusters: Clusters,
+        on_errors: OnErrors,
+        *,
+        background: bool,
     ) -> None:
+        """``background`` false: nothing is copied but what guests are about to overwrite."""
         self._job = job
         self._source = source
         self._target = target
         self._clusters = clusters
         self._on_errors = on_errors
+        self._background = background
         self._held = HeldStore(clusters.cluster_bytes)
         self._feeder = Feeder(clusters, SourceMap(source, clusters.cluster_bytes))
         #: The hook to put into the source at the instant of the start.
@@ -57,15 +69,16 @@ class Copier:
         self._read_failed = False
 
     async def run(self) -> None:
-        """Return once everything is on the target, or is skipped."""
+        """Return once everything is on the target, or is skipped; never without a background."""
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._let_guests_go_at_the_end)
                 for _ in range(limits.HELD_WRITERS):
                     nursery.start_soon(self._write_held)
-                await self._count()
-                for _ in range(limits.BACKUP_WORKERS):
-                    nursery.start_soon(self._copy_pending)
+                if self._background:
+                    await self._count()
+                    for _ in range(limits.BACKUP_WORKERS):
+                        nursery.start_soon(self._copy_pending)
                 await self._clusters.finished.wait()
                 nursery.cancel_scope.cancel()
         finally:
@@ -259,9 +272,23 @@ class Copier:
         """One writer of the held store."""
         while True:
             held = await self._held.get()
-            while not await self._write(held.data):
-                await self._job.pause_point()
+            try:
+                while not await self._write(held.data):
+                    await self._job.pause_point()
+            except trio.Cancelled:
+                self._held.put_back(held)
+                raise
             self._held.free(held.slot)
+
+    async def drain(self) -> None:
+        """Write what is held, after ``run``, as far as the target takes it."""
+        while (held := self._held.get_nowait()) is not None:
+            try:
+                await self._store(held.data)
+            except OSError as error:
+                log.warning("job '%s': kept data is lost, writing failed: %s", self._job.id, error)
+                return
+            self._saved(held.data)
 
     async def _write(self, data: OldData) -> bool:
         """Write old data, or skip it; False where an error stopped the job."""

@@ -23,7 +23,7 @@ class FrozenBitmap:
     @property
     def wanted(self) -> Bits | None:
         """What is to be copied; None: everything."""
-        return None if self._sync is Sync.FULL else self._freeze.snapshot
+        return self._freeze.snapshot if self._sync.by_bitmap else None
 
     @property
     def forgets_after_failure(self) -> bool:
@@ -50,7 +50,7 @@ class FrozenBitmap:
         conclude_bitmap(self._freeze, self._mode, succeeded=succeeded, rest=rest)
 
     def _everything(self) -> Bits:
-        if self._sync is not Sync.FULL:
+        if self._sync.by_bitmap:
             return self._freeze.snapshot
         bits = self._freeze.snapshot.empty_copy()
         bits.mark_all()

@@ -108,8 +108,19 @@ class HeldStore:
 
         Data that is all zero comes as such: a guest's first write to a hole must not fill it.
         """
-        while not self._queue:
+        while (held := self.get_nowait()) is None:
             await self._work.park()
+        return held
+
+    def put_back(self, held: Held) -> None:
+        """Make an entry the oldest again, which was not written after all."""
+        self._queue.appendleft(held)
+        self._work.unpark()
+
+    def get_nowait(self) -> Held | None:
+        """As ``get``; None where the queue is empty."""
+        if not self._queue:
+            return None
         held = self._queue.popleft()
         data = held.data
         if data.view is not None and self._is_zero(held.slot, len(data.view)):

@@ -12,11 +12,20 @@ from blockd.errors import BlockdError
 
 
 class Sync(StrEnum):
-    """What a backup copies."""
+    """What a backup copies: ``top`` what is in the disk's topmost image, ``none`` only what guests
+    are about to overwrite.
+    """
 
     FULL = "full"
+    TOP = "top"
+    NONE = "none"
     INCREMENTAL = "incremental"
     BITMAP = "bitmap"
+
+    @property
+    def by_bitmap(self) -> bool:
+        """Whether a bitmap says what is copied."""
+        return self in (Sync.INCREMENTAL, Sync.BITMAP)
 
 
 class BitmapMode(StrEnum):
@@ -93,7 +102,7 @@ def resolve(
 
 def choose_bitmap(request: BackupRequest, bitmaps: NodeBitmaps) -> UsedBitmap | None:
     sync, mode = request.sync, request.bitmap_mode
-    if sync is not Sync.FULL and request.bitmap is None:
+    if sync.by_bitmap and request.bitmap is None:
         raise BlockdError(f"must provide a valid bitmap name for '{sync}' sync mode")
     if sync is Sync.INCREMENTAL:
         if mode not in (None, BitmapMode.ON_SUCCESS):
@@ -109,7 +118,9 @@ def choose_bitmap(request: BackupRequest, bitmaps: NodeBitmaps) -> UsedBitmap | 
     if mode is None:
         raise BlockdError("Bitmap sync mode must be given when providing a bitmap")
     bitmap.check_usable()
-    if sync is Sync.FULL and mode is BitmapMode.NEVER:
+    if sync is Sync.NONE:
+        raise BlockdError(f"sync mode '{sync}' does not produce meaningful bitmap outputs")
+    if not sync.by_bitmap and mode is BitmapMode.NEVER:
         raise BlockdError(
             f"Bitmap sync mode '{mode}' has no meaningful effect "
             f"when combined with sync mode '{sync}'"

@@ -118,6 +118,18 @@ async def test_what_completes_a_target(target: Target, steps: list[Step]) -> Non
             assert target.needs() == needs
 
 
+async def test_what_guests_have_overwritten_is_no_backup(target: Target) -> None:
+    async with open_rig(MemoryDriver(OLD), MemoryDriver(len(OLD))) as rig:
+        job = rig.job(Sync.NONE, target_path=str(target.path))
+        await rig.start(job)
+        rig.target_driver.fail("write", errno.EIO)
+        await rig.source.write(0, memoryview(b"new"))
+        assert await rig.finish(job) is not None
+        assert target.needs() == [FULL]
+        await backup(rig, target, Sync.TOP)
+        assert target.needs() == []
+
+
 async def test_the_mark_is_there_before_anything_is_copied(target: Target) -> None:
     memory = MemoryDriver(len(OLD))
     seen: list[list[str]] = []

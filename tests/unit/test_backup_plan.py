@@ -19,6 +19,7 @@ MIB = 1024 * 1024
 GRANULE = 64 * 1024
 
 FULL, INCREMENTAL, BITMAP = Sync.FULL, Sync.INCREMENTAL, Sync.BITMAP
+TOP, NONE = Sync.TOP, Sync.NONE
 ON_SUCCESS, ALWAYS, NEVER = BitmapMode.ON_SUCCESS, BitmapMode.ALWAYS, BitmapMode.NEVER
 
 NO_NAME = "must provide a valid bitmap name for '{}' sync mode"
@@ -28,6 +29,9 @@ ONLY_ON_SUCCESS = "Bitmap sync mode must be 'on-success' when using sync mode 'i
 NO_BITMAP = "Cannot specify bitmap sync mode without a bitmap"
 BUSY = "Bitmap 'busy' is currently in use by another operation and cannot be used"
 USELESS = "Bitmap sync mode 'never' has no meaningful effect when combined with sync mode 'full'"
+
+
+MEANINGLESS = "sync mode 'none' does not produce meaningful bitmap outputs"
 
 
 class Disk:
@@ -79,6 +83,19 @@ REQUESTS: list[tuple[Sync, str | None, BitmapMode | None, str | None]] = [
     (FULL, "", None, NO_SUCH.format("")),
     (FULL, "busy", None, NO_MODE),
     (FULL, "busy", NEVER, BUSY),
+    (TOP, None, None, None),
+    (TOP, None, ALWAYS, NO_BITMAP),
+    (TOP, "b", None, NO_MODE),
+    (TOP, "b", ON_SUCCESS, None),
+    (TOP, "b", ALWAYS, None),
+    (TOP, "b", NEVER, USELESS.replace("full", "top")),
+    (TOP, "nope", NEVER, NO_SUCH.format("nope")),
+    (NONE, None, None, None),
+    (NONE, None, NEVER, NO_BITMAP),
+    (NONE, "b", None, NO_MODE),
+    *[(NONE, "b", mode, MEANINGLESS) for mode in BitmapMode],
+    (NONE, "nope", None, NO_SUCH.format("nope")),
+    (NONE, "busy", NEVER, BUSY),
 ]
 
 

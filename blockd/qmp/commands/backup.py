@@ -7,6 +7,7 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+import msgspec
 import trio
 
 from blockd.backup import (
@@ -44,7 +45,7 @@ class _Target:
 
     node: Node
     empty: Callable[[], Awaitable[None]] | None = None
-    release: Callable[[], Awaitable[None]] | None = None
+    release: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
 
 
 async def blockdev_backup(services: Services, arguments: BlockdevBackup) -> None:
@@ -58,11 +59,22 @@ async def drive_backup(services: Services, arguments: DriveBackup) -> None:
     """Whatever can be refused is, before the target is touched: it may be somebody's data."""
     graph = services.graph
     source = graph.get(arguments.device, device=arguments.device)
-    choose_bitmap(_request(arguments), source.bitmaps)
-    services.jobs.check_id(arguments.job_id)
-    check_speed(arguments.speed)
+    if arguments.sync == "top":
+        # Without a backing file the topmost image is all there is.
+        arguments = msgspec.structs.replace(arguments, sync="full")
+    if arguments.sync != "none":
+        choose_bitmap(_request(arguments), source.bitmaps)
+        services.jobs.check_id(arguments.job_id)
+        check_speed(arguments.speed)
     file = await trio.to_thread.run_sync(_open_target, arguments, source.size_bytes)
-    await _start(services, arguments, source, await _add_target(graph, file, arguments.mode))
+    target = await _add_target(graph, file, arguments.mode)
+    if arguments.sync == "none":
+        await target.release()
+        raise BlockdError(
+            f"Driver '{arguments.format or 'raw'}' of node '{target.node.name}' "
+            "does not support backing files"
+        )
+    await _start(services, arguments, source, target)
 
 
 async def _start(services: Services, arguments: Backup, source: Node, target: _Target) -> None:
@@ -71,8 +83,7 @@ async def _start(services: Services, arguments: Backup, source: Node, target: _T
     async def release() -> None:
         for hold in holds:
             hold.release()
-        if target.release is not None:
-            await target.release()
+        await target.release()
 
     try:
         plan = plan_backup(_request(arguments), source, target.node)
@@ -130,6 +141,9 @@ def _open_target(arguments: DriveBackup, size_bytes: int) -> NewFile:
     if arguments.mode == "absolute-paths":
         if arguments.format not in (None, "raw", "file"):
             raise BlockdError(f"Unknown file format '{arguments.format}'")
+        if arguments.sync == "none":
+            file_format = arguments.format or "raw"
+            raise BlockdError(f"Backing file not supported for file format '{file_format}'")
         return create_file(name, size_bytes)
     if arguments.format not in (None, "raw", "file"):
         raise BlockdError(f"Unknown driver '{arguments.format}'")

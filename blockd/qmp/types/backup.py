@@ -13,7 +13,10 @@ class Backup(Command, kw_only=True):
     """What both backup commands take.
 
     ``job-id``: what job commands and events call it. ``device``: the source's node name.
-    ``sync``: ``full`` copies the disk, ``incremental`` and ``bitmap`` what ``bitmap`` names.
+    ``sync``: ``full`` copies the disk, ``top`` what is in its topmost image (of a raw image:
+    everything), ``incremental`` and ``bitmap`` what ``bitmap`` names. ``none`` copies nothing but
+    what guests are about to overwrite, and runs until it is cancelled; the target then has all
+    old data that was kept, and nothing else of the disk.
     ``bitmap-mode``: when the bitmap forgets what was copied: ``on-success`` of the whole backup,
     ``always`` (what was copied before a failure too), ``never``. ``speed``: bytes per second, 0
     for no limit. ``on-source-error``, ``on-target-error``: fail (``report``), go on without the
@@ -26,7 +29,7 @@ class Backup(Command, kw_only=True):
 
     job_id: str = ""
     device: str
-    sync: Literal["full", "incremental", "bitmap"]
+    sync: Literal["top", "full", "incremental", "none", "bitmap"]
     speed: Int64 = 0
     bitmap: str | None = None
     bitmap_mode: Literal["on-success", "always", "never"] | None = None
@@ -40,7 +43,8 @@ class DriveBackup(Backup, kw_only=True):
     """Back a node up to a file while guests write on; answers when the backup has begun.
 
     ``target``: the file. ``mode``: ``absolute-paths`` makes it (or empties it), ``existing``
-    takes it as it is, with what earlier backups put there. ``format``: the target's.
+    takes it as it is, with what earlier backups put there. ``format``: the target's. ``sync`` none
+    wants a target with a backing file, which no format here has.
     """
 
     command: ClassVar[str] = "drive-backup"

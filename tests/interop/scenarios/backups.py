@@ -23,16 +23,21 @@ from tests.interop.scenarios.words import (
     TWO_WRITES,
     backup,
     bitmap,
+    delete,
     drive_backup,
     each_bitmap_command,
+    export,
     node,
     refused,
+    server,
     slow_backup,
     status,
+    unexport,
 )
 
 CANCEL = do("block-job-cancel", device="j")
 NEW: dict[str, Any] = {"mode": "absolute-paths", "target": "DIR/new"}
+SYNCS = ("incremental", "bitmap", "full", "top", "none")
 BITMAP_OPTIONS: list[dict[str, str]] = [
     {},
     {"bitmap": "nope"},
@@ -208,7 +213,7 @@ SCENARIOS = [
             bitmap("b"),
             *[
                 backup(target="small", sync=sync, **options)
-                for sync, options in product(("incremental", "bitmap", "full"), BITMAP_OPTIONS)
+                for sync, options in product(SYNCS, BITMAP_OPTIONS)
             ],
             Bitmaps("n"),
         ],
@@ -253,6 +258,86 @@ SCENARIOS = [
             drive_backup(mode="wat"),
             drive_backup(format=3),
             drive_backup(target=3),
+        ],
+    ),
+    Scenario("backup-top-of-raw-is-full", [*DISKS, backup(sync="top"), ENDED, Content("t.img")]),
+    Scenario(
+        "backup-top-copies-holes",
+        [node("t"), node("m"), backup(device="t", target="m", sync="top"), ENDED, Content("m.img")],
+    ),
+    Scenario(
+        "backup-none-runs-until-cancelled",
+        [
+            *GUEST_DISKS,
+            backup(sync="none"),
+            do("query-block-jobs"),
+            Write("n", 100, 10),
+            Write("n", MIB, 200000),
+            do("query-jobs"),
+            do("block-job-complete", device="j"),
+            do("job-finalize", id="j"),
+            do("block-job-set-speed", device="j", speed=1000),
+            do("job-pause", id="j"),
+            status("paused"),
+            Write("n", 3 * MIB - 1, 1),
+            do("query-block-jobs"),
+            CANCEL,
+            do("job-resume", id="j"),
+            CANCEL,
+            Content("t.img"),
+        ],
+    ),
+    Scenario(
+        "backup-none-when-all-is-overwritten",
+        [
+            *GUEST_DISKS,
+            backup(sync="none", auto_dismiss=False),
+            Write("n", 0, 3 * MIB),
+            CANCEL,
+            do("query-block-jobs"),
+            Content("t.img"),
+            Content("n.img"),
+        ],
+    ),
+    Scenario("backup-none-ended-by-quit", [*DISKS, backup(sync="none")]),
+    Scenario(
+        "backup-none-to-a-node-that-is-read",
+        [
+            *DISKS,
+            server(),
+            export("t", "t"),
+            backup(sync="none"),
+            export("u", "t", name="u"),
+            do("query-block-exports"),
+            unexport("t"),
+            delete("t"),
+        ],
+    ),
+    Scenario(
+        "drive-backup-none-wants-a-backing-file",
+        [
+            node("n"),
+            bitmap("b"),
+            drive_backup(sync="none"),
+            drive_backup(sync="none", format="file"),
+            drive_backup(sync="none", bitmap="nope", job_id="1"),
+            drive_backup(sync="none", target="DIR/none"),
+            drive_backup(sync="none", **NEW),
+            drive_backup(sync="none", **{**NEW, "format": "file"}),
+            drive_backup(sync="none", **{**NEW, "format": "wat"}),
+            do("drive-backup", device="n", sync="none", target="DIR/new"),
+            Content("new"),
+        ],
+    ),
+    Scenario(
+        "drive-backup-top-is-full",
+        [
+            node("n"),
+            bitmap("b"),
+            drive_backup(sync="top", bitmap="b", bitmap_mode="never"),
+            drive_backup(sync="top"),
+            ENDED,
+            Content("t.img"),
         ],
     ),
     Scenario(
