@@ -90,6 +90,8 @@ NBD_OPTIONS_LIMIT = 4096
 
 # --- nodes -----------------------------------------------------------------------------------
 
+#: A node's size: the largest that QEMU takes, 2 ** 63 rounded down to its largest alignment.
+NODE_BYTES = (1 << 63) - GIB
 #: Bytes in a node's name (QEMU's limit).
 NODE_NAME_BYTES = 31
 

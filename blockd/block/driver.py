@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
-from blockd.errors import WouldBlock
+from blockd.errors import BlockdError, WouldBlock
 
 if TYPE_CHECKING:
     # It stands on system calls that speak of allocation, as this module defines it.
@@ -93,6 +93,17 @@ class Driver(ABC):
 
         It may stop short of the range's end, but says something about its first byte.
         """
+
+    async def truncate(self, size_bytes: int) -> None:
+        """Give the storage another size: its end is cut off, or zeroes are put behind it.
+
+        ``size_bytes`` of the driver becomes that, rounded up where it can have whole sectors only.
+        No write is in flight. Raises ``OSError``; ``BlockdError`` where it never could.
+        """
+        raise BlockdError("Image format driver does not support resize")
+
+    def child_resized(self) -> None:  # noqa: B027 - most need to do nothing
+        """The size of a node below has changed: follow it, where this driver's depends on it."""
 
     @abstractmethod
     async def allocated_bytes(self) -> int:

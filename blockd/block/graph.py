@@ -123,6 +123,41 @@ class Graph:
             yield child
             yield from self.below(child)
 
+    def above(self, node: Node) -> Iterator[Node]:
+        """The nodes that stand on ``node``, nearest first."""
+        for parent, children in self._below.items():
+            if any(child is node for child, _ in children):
+                yield parent
+                yield from self.above(parent)
+
+    async def resize(self, node: Node, size_bytes: int) -> None:
+        """Change the size of ``node``, and of those it stands on; those above follow.
+
+        Raises ``BlockdError`` where a user relies on the size of one of them; ``OSError``.
+        """
+        node.users.check_no_job(Role.TARGET)
+        hold = self._hold_to_resize(node)
+        try:
+            await node.resize(size_bytes)
+        finally:
+            hold.release()
+            for each in (node, *self.below(node)):
+                for upper in self.above(each):
+                    upper.child_resized()
+
+    def _hold_to_resize(self, node: Node) -> Hold:
+        hold = Hold()
+        try:
+            user, role = "an unnamed block device", Role.ROOT
+            for each in (node, *self.below(node)):
+                claim = each.users.claim(user, role, writes=False, resizes=True, shares_resize=True)
+                hold.add(each, claim)
+                user, role = f"node '{each.name}'", Role.FILE
+        except BlockdError:
+            hold.release()
+            raise
+        return hold
+
     def hold(
         self, node: Node, user: str, role: Role = Role.ROOT, *, writes: bool, alone: bool = False
     ) -> Hold:

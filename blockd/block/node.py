@@ -14,7 +14,7 @@ from blockd.block.descriptor import Descriptor
 from blockd.block.driver import Driver
 from blockd.block.inflight import Gate
 from blockd.block.permissions import Users
-from blockd.errors import WouldBlock
+from blockd.errors import BlockdError, WouldBlock
 
 _Result = TypeVar("_Result")
 
@@ -177,6 +177,33 @@ class Node:
         except BaseException:
             self._gate.leave()
             raise
+
+    # -- its size ----------------------------------------------------------------------------
+
+    async def resize(self, size_bytes: int) -> None:
+        """Cut the node's end off, or put zeroes behind it; its bitmaps follow.
+
+        Nobody else relies on the size. Raises ``OSError``, or ``BlockdError``.
+        """
+        if size_bytes > limits.NODE_BYTES:
+            raise BlockdError(f"offset({size_bytes}) exceeds maximum({limits.NODE_BYTES})")
+        if self.read_only:
+            raise BlockdError("Image is read-only")
+        async with self.quiesced():
+            try:
+                await self.driver.truncate(size_bytes)
+            finally:
+                self._follow_driver()
+
+    def child_resized(self) -> None:
+        """The size of a node below has changed."""
+        self.driver.child_resized()
+        self._follow_driver()
+
+    def _follow_driver(self) -> None:
+        if self.size_bytes != self.driver.size_bytes:
+            self.size_bytes = self.driver.size_bytes
+            self.bitmaps.resize(self.size_bytes)
 
     # -- one instant -------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from blockd.errors import BlockdError
 class Role(Enum):
     """How a user holds a node; the value is how QEMU names such a child."""
 
-    #: An export.
+    #: An export, or a command that changes the node's size.
     ROOT = "root"
     #: A node above.
     FILE = "file"
@@ -28,6 +28,8 @@ class Claim:
     role: Role
     writes: bool
     shares_writes: bool
+    resizes: bool
+    shares_resize: bool
 
 
 class Users:
@@ -38,21 +40,30 @@ class Users:
         self._claims: list[Claim] = []
 
     def claim(
-        self, user: str, role: Role = Role.ROOT, *, writes: bool, shares_writes: bool = True
+        self,
+        user: str,
+        role: Role = Role.ROOT,
+        *,
+        writes: bool,
+        shares_writes: bool = True,
+        resizes: bool = False,
+        shares_resize: bool = False,
     ) -> Claim:
         """Hold the node as ``user``; raises ``BlockdError`` where another claim forbids it.
 
         ``writes``: this user writes to the node. ``shares_writes``: it stands others that do.
+        ``resizes``, ``shares_resize``: the same of the node's size.
         """
-        wanted = Claim(user, role, writes, shares_writes)
+        wanted = Claim(user, role, writes, shares_writes, resizes, shares_resize)
         for held in self._claims:
-            # What one user does with the node is in its own hands.
-            if held.user == user:
+            # What one user does with the node is in its own hands; those at a root have no names.
+            if held.user == user and role is not Role.ROOT:
                 continue
-            if wanted.writes and not held.shares_writes:
-                raise self._conflict(wanted, held)
-            if held.writes and not wanted.shares_writes:
-                raise self._conflict(held, wanted)
+            for one, other in ((wanted, held), (held, wanted)):
+                if one.writes and not other.shares_writes:
+                    raise self._conflict("write", one, other)
+                if one.resizes and not other.shares_resize:
+                    raise self._conflict("resize", one, other)
         self._claims.append(wanted)
         return wanted
 
@@ -73,10 +84,10 @@ class Users:
                 f"Node '{self._node_name}' is busy: block device is in use by block job: backup"
             )
 
-    def _conflict(self, writer: Claim, keeper: Claim) -> BlockdError:
+    def _conflict(self, permission: str, taker: Claim, keeper: Claim) -> BlockdError:
         name = self._node_name
         return BlockdError(
-            f"Permission conflict on node '{name}': permissions 'write' are both required by "
-            f"{writer.user} (uses node '{name}' as '{writer.role.value}' child) and unshared by "
+            f"Permission conflict on node '{name}': permissions '{permission}' are both required "
+            f"by {taker.user} (uses node '{name}' as '{taker.role.value}' child) and unshared by "
             f"{keeper.user} (uses node '{name}' as '{keeper.role.value}' child)."
         )

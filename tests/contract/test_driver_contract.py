@@ -14,10 +14,11 @@ import trio
 
 from blockd import limits
 from blockd.block import Driver
-from blockd.errors import WouldBlock
+from blockd.errors import BlockdError, WouldBlock
 from tests.helpers.driver_subjects import SUBJECTS, Subject
 
 STEPS = 80
+FIXED_SIZE = "^(Cannot grow device files|Cannot resize fixed-size raw disks)$"
 
 
 @pytest.fixture(params=[*SUBJECTS.values()], ids=[*SUBJECTS])
@@ -184,6 +185,28 @@ async def test_a_call_that_would_block_keeps_nothing(subject: Subject) -> None:
             call(0, view)
     del view
     assert kept() is None
+
+
+@pytest.mark.parametrize("size", [0, 512, 65_536, 70_144, 307_200, 409_600])
+async def test_another_size_keeps_what_is_within_both(subject: Subject, size: int) -> None:
+    """A driver that can't have it says so and is as it was; one that can reads zeroes behind."""
+    driver, model = subject.driver, subject.model
+    if subject.fixed_size or (is_device(driver) and size > len(model)):
+        with pytest.raises(BlockdError, match=FIXED_SIZE):
+            await driver.truncate(size)
+        assert await content(driver) == model
+        return
+    await driver.truncate(size)
+    assert driver.size_bytes == (len(model) if is_device(driver) else size)
+    kept = min(driver.size_bytes, len(model))
+    assert await content(driver) == model[:kept] + bytes(driver.size_bytes - kept)
+    await driver.truncate(len(model))
+    assert await content(driver) == model[:kept] + bytes(len(model) - kept)
+
+
+def is_device(driver: Driver) -> bool:
+    """A device has the size that it has; a smaller one is only looked at, as in the peer."""
+    return driver.name == "host_device"
 
 
 # --- at the same time -------------------------------------------------------------------------

@@ -28,11 +28,15 @@ MEMORY_FILE_SYSTEM = Path("/dev/shm")
 
 @dataclass
 class Subject:
-    """``model`` is what the driver's storage holds; ``unmap``: whether discards reach it."""
+    """``model`` is what the driver's storage holds; ``unmap``: whether discards reach it.
+
+    ``fixed_size``: it can't be resized.
+    """
 
     driver: Driver
     model: bytearray
     unmap: bool = True
+    fixed_size: bool = False
 
 
 def sparse_content(size: int = FILE_BYTES) -> bytearray:
@@ -109,7 +113,7 @@ def raw(directory: Path, *, offset: int = 0, size: int | None = None) -> Iterato
         child = Node("child", below.driver)
         driver = RawDriver(child, read_only=False, offset_bytes=offset, size_bytes=size)
         end = len(below.model) if size is None else offset + size
-        yield Subject(driver, below.model[offset:end])
+        yield Subject(driver, below.model[offset:end], fixed_size=size is not None)
 
 
 @contextmanager

@@ -65,9 +65,9 @@ class MemoryDriver(Driver):
     """Bytes in memory, with scripted faults, pauses and refusals.
 
     Operations are counted from 1 by name: ``read`` (also the nowait ones that are not refused),
-    ``write``, ``write_zeroes``, ``discard``, ``flush`` and ``allocation``. Each takes effect in
-    one step, at its end; ``reads`` are the ranges that were read. ``durable`` is what a power cut
-    would leave.
+    ``write``, ``write_zeroes``, ``discard``, ``flush``, ``allocation`` and ``truncate``. Each
+    takes effect in one step, at its end; ``reads`` are the ranges that were read. ``durable`` is
+    what a power cut would leave.
     """
 
     def __init__(
@@ -167,6 +167,13 @@ class MemoryDriver(Driver):
             runs.append(Allocation(Extent(offset, stop - offset), zero))
             offset = stop
         return runs
+
+    async def truncate(self, size_bytes: int) -> None:
+        count = await self._begin("truncate")
+        self._raise_fault("truncate", count)
+        del self.data[size_bytes:]
+        self.data.extend(bytes(size_bytes - len(self.data)))
+        self.size_bytes = size_bytes
 
     async def allocated_bytes(self) -> int:
         return sum(each.extent.length for each in await self.allocation(0, self.size_bytes))

@@ -119,6 +119,14 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("block-export-add", {"type": "foo"}, no_value("type", "foo")),
     ("block-export-add", {**_EXPORT, "x": 1}, unexpected("x")),
     ("block-export-add", {**_EXPORT, "name": 5, "writable": 5}, wrong_type("writable", "boolean")),
+    # A node's size.
+    ("block_resize", {"node-name": 5}, wrong_type("node-name", "string")),
+    ("block_resize", {"device": 5, "node-name": 5}, wrong_type("device", "string")),
+    ("block_resize", {"node-name": "n"}, missing("size")),
+    *[
+        ("block_resize", {"node-name": "n", "size": wrong}, wrong_type("size", "integer"))
+        for wrong in (*_NO_INTEGER, 2**63)
+    ],
     # Objects inside.
     ("blockdev-add", {"driver": "raw", "file": {}}, missing("file.driver")),
     ("blockdev-add", {"driver": "raw", "file": {"driver": "file"}}, missing("file.filename")),

@@ -12,10 +12,11 @@ from tests.helpers.peer import Peer
 from tests.helpers.scenario import Differs, Scenario, Step, do
 from tests.helpers.tidy import Message
 from tests.helpers.tools import require_tool
-from tests.interop.scenarios import backups, bitmaps, exports, jobs, meta, nodes
+from tests.interop.scenarios import backups, bitmaps, exports, jobs, meta, nodes, resize
 
 SCENARIOS = [
     *nodes.SCENARIOS,
+    *resize.SCENARIOS,
     *exports.SCENARIOS,
     *bitmaps.SCENARIOS,
     *backups.SCENARIOS,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from blockd.block.drivers.locking import lock_image
+from blockd.block.drivers.locking import lock_image, resizing
 from blockd.errors import BlockdError
 from tests.helpers.tools import require_tool
 
@@ -147,7 +147,7 @@ def test_readers_share(image: Path) -> None:
 def test_kill_9_leaves_no_lock_behind(image: Path) -> None:
     program = f"""
 import os, signal
-from blockd.block.drivers.locking import lock_image
+from blockd.block.drivers.locking import lock_image, resizing
 lock_image(os.open({str(image)!r}, os.O_RDWR), "image", read_only=False)
 os.kill(os.getpid(), signal.SIGSTOP)
 """
@@ -172,3 +172,21 @@ def test_a_foreign_lock_on_the_whole_file_is_a_refusal(image: Path) -> None:
     with pytest.raises(BlockdError, match="Failed to get"), locked(image):
         pass
     os.close(fd)
+
+
+def test_a_refused_resize_leaves_no_lock(image: Path) -> None:
+    """Not even where somebody else relies on the size, or where it fails."""
+    fd = os.open(image, os.O_RDWR)
+    try:
+        with (
+            locked(image, read_only=True),
+            pytest.raises(BlockdError, match='"resize" lock'),
+            resizing(fd, str(image)),
+        ):
+            pass
+        with pytest.raises(OSError, match="full"), resizing(fd, str(image)):
+            raise OSError("full")
+        with locked(image, read_only=True):
+            pass
+    finally:
+        os.close(fd)

@@ -23,7 +23,7 @@ from blockd.block.driver import Driver
 from blockd.block.drivers import blocking
 from blockd.block.drivers.locking import resizing
 from blockd.block.drivers.mounts import is_local
-from blockd.errors import WouldBlock
+from blockd.errors import BlockdError, WouldBlock
 
 _Result = TypeVar("_Result")
 
@@ -64,7 +64,7 @@ class FileDriver(Driver):
         self.filename = filename
         self.read_only = read_only
         self.is_device = not stat.S_ISREG(mode)
-        self.size_bytes = -(-os.lseek(fd, 0, os.SEEK_END) // SECTOR_BYTES) * SECTOR_BYTES
+        self.size_bytes = _size_bytes(fd)
         self._fd = fd
         self._unmap = unmap
         self.flushes = flushes
@@ -242,8 +242,25 @@ class FileDriver(Driver):
 
         await self._in_thread(call)
 
+    async def truncate(self, size_bytes: int) -> None:
+        """A device only takes over the size that it has now, where that is enough."""
+
+        def call() -> int:
+            if not self.is_device:
+                with resizing(self._fd, self.filename):
+                    os.ftruncate(self._fd, size_bytes)
+            elif size_bytes > _size_bytes(self._fd):
+                raise BlockdError("Cannot grow device files")
+            return _size_bytes(self._fd)
+
+        self.size_bytes = await self._in_thread(call)
+
     async def allocated_bytes(self) -> int:
         return await self._in_thread(lambda: os.fstat(self._fd).st_blocks * SECTOR_BYTES)
 
     async def close(self) -> None:
         await self._in_thread(lambda: os.close(self._fd))
+
+
+def _size_bytes(fd: int) -> int:
+    return -(-os.lseek(fd, 0, os.SEEK_END) // SECTOR_BYTES) * SECTOR_BYTES

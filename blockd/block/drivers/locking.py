@@ -55,13 +55,15 @@ def resizing(fd: int, filename: str) -> Iterator[None]:
     Raises ``BlockdError`` where somebody relies on the size; every node does, also one that only
     reads.
     """
-    with _lockable(filename):
-        _lock(fd, _USED_AT + _RESIZE)
-        if _locked(fd, _DENIED_AT + _RESIZE):
-            raise _conflict(filename, '"resize" lock')
-    yield
-    with _lockable(filename):
-        _lock(fd, _USED_AT + _RESIZE, fcntl.F_UNLCK)
+    try:
+        with _lockable(filename):
+            _lock(fd, _USED_AT + _RESIZE)
+            if _locked(fd, _DENIED_AT + _RESIZE):
+                raise _conflict(filename, '"resize" lock')
+        yield
+    finally:
+        with _lockable(filename):
+            _lock(fd, _USED_AT + _RESIZE, fcntl.F_UNLCK)
 
 
 @contextmanager

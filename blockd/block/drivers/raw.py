@@ -47,10 +47,8 @@ class RawDriver(Driver):
         self.child = child
         self.read_only = read_only
         self.offset_bytes = offset_bytes
-        self.size_bytes = room_bytes if size_bytes is None else size_bytes
-        #: A window's writes are not all that changes the file, nor is all of it the window's.
-        self._whole = not offset_bytes and self.size_bytes == child.size_bytes
-        self.identity = child.driver.identity if self._whole else None
+        self._fixed_size_bytes = size_bytes
+        self.child_resized()
         self.cluster_size_bytes = child.driver.cluster_size_bytes
         self.direct = direct
         self.flushes = flushes
@@ -58,6 +56,25 @@ class RawDriver(Driver):
         self._options = _options(child.driver, offset_bytes, size_bytes)
         plain = "filename" in self._options["file"] and len(self._options) == 2
         self.filename = child.driver.filename if plain else f"json:{json.dumps(self._options)}"
+
+    @property
+    def windowed(self) -> bool:
+        """Whether this is made to be a part of the child."""
+        return bool(self.offset_bytes) or self._fixed_size_bytes is not None
+
+    def child_resized(self) -> None:
+        fixed_bytes = self._fixed_size_bytes
+        room_bytes = self.child.size_bytes - self.offset_bytes
+        self.size_bytes = room_bytes if fixed_bytes is None else fixed_bytes
+        #: A window's writes are not all that changes the file, nor is all of it the window's.
+        self._whole = not self.offset_bytes and self.size_bytes == self.child.size_bytes
+        self.identity = self.child.driver.identity if self._whole else None
+
+    async def truncate(self, size_bytes: int) -> None:
+        if self._fixed_size_bytes is not None:
+            raise BlockdError("Cannot resize fixed-size raw disks")
+        await self.child.resize(self.offset_bytes + size_bytes)
+        self.child_resized()
 
     @property
     def path(self) -> str | None:
@@ -108,10 +125,9 @@ class RawDriver(Driver):
 
 
 def _options(below: Driver, offset_bytes: int, size_bytes: int | None) -> dict[str, Any]:
-    """The driver as QEMU's pseudo-protocol "json:" names it."""
-    options: dict[str, Any] = {"driver": "raw"}
-    if offset_bytes:
-        options["offset"] = offset_bytes
+    """The driver as QEMU's pseudo-protocol "json:" names it, in the peer's order."""
+    options: dict[str, Any] = {"offset": offset_bytes} if offset_bytes else {}
+    options["driver"] = "raw"
     if size_bytes is not None:
         options["size"] = size_bytes
     if isinstance(below, RawDriver):

@@ -36,6 +36,7 @@ COMMANDS = [
     Command.of(meta_types.Quit, meta.quit_daemon, concurrent=True),
     Command("blockdev-add", block_types.BlockdevOptions, block.blockdev_add),
     Command.of(block_types.BlockdevDel, block.blockdev_del),
+    Command.of(block_types.BlockResize, block.block_resize),
     Command.of(block_types.QueryBlock, block.query_block),
     Command.of(block_types.QueryNamedBlockNodes, block.query_named_block_nodes, concurrent=True),
     Command.of(bitmap_types.BlockDirtyBitmapAdd, bitmap.add),

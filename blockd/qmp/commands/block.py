@@ -14,6 +14,7 @@ from blockd.qmp.services import Services
 from blockd.qmp.types.block import (
     BlockdevDel,
     BlockdevOptions,
+    BlockResize,
     FileOptions,
     HostDeviceOptions,
     NodeOptions,
@@ -126,13 +127,26 @@ def _stack(
         unmap=settled.unmap,
     )
     node = graph.add(options.node_name, driver, owned=owned)
-    claim = child.users.claim(f"node '{node.name}'", Role.FILE, writes=False)
+    claim = child.users.claim(
+        f"node '{node.name}'", Role.FILE, writes=False, shares_resize=not driver.windowed
+    )
     graph.put_on(node, child, claim)
     return node
 
 
 async def blockdev_del(services: Services, arguments: BlockdevDel) -> None:
     await services.graph.remove(services.graph.find_owned(arguments.node_name))
+
+
+async def block_resize(services: Services, arguments: BlockResize) -> None:
+    graph = services.graph
+    node = graph.get(arguments.node_name or "", device=arguments.device or "")
+    if arguments.size < 0:
+        raise BlockdError("Parameter 'size' expects a >0 size")
+    try:
+        await graph.resize(node, arguments.size)
+    except OSError as error:
+        raise BlockdError(f"Could not resize file: {error.strerror}") from error
 
 
 def query_block(_services: Services, _arguments: QueryBlock) -> list[dict[str, Any]]:

@@ -67,6 +67,20 @@ class BlockdevDel(Command, kw_only=True):
     node_name: str
 
 
+class BlockResize(Command, kw_only=True):
+    """Change a node's size, and its bitmaps'; what is added reads as zeroes.
+
+    ``size``: in bytes. Refused while an export or a job uses the node, for they rely on its size.
+    ``device``: not of use here, as there are no devices.
+    """
+
+    command: ClassVar[str] = "block_resize"
+
+    device: str | None = None
+    node_name: str | None = None
+    size: Int64
+
+
 class FileSpecific(Object, kw_only=True):
     """Nothing that is known of a file only."""
 
