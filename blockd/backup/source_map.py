@@ -27,7 +27,7 @@ def by_clusters(
     """
     at = first
     data_end = first + 1
-    for extent, zero in allocation:
+    for extent, zero, _ in allocation:
         if not zero:
             data_end = max(data_end, -(-extent.end // cluster_bytes))
             continue

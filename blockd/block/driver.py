@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
@@ -13,6 +13,8 @@ from blockd.errors import BlockdError, WouldBlock
 if TYPE_CHECKING:
     # It stands on system calls that speak of allocation, as this module defines it.
     from blockd.block.allocation import Allocation
+    from blockd.block.node import Node
+    from blockd.block.permissions import Role
 from blockd.block.descriptor import Descriptor
 
 _Result = TypeVar("_Result")
@@ -40,8 +42,16 @@ class Driver(ABC):
     #: Whether ``flush`` does anything.
     flushes: bool = True
 
+    #: Whether others may resize the nodes that this one stands on (``child_resized``).
+    follows_child_size: bool = False
+
     #: What tells the storage from any other, where that can be told.
     identity: tuple[int, int] | None = None
+
+    @property
+    def children(self) -> Mapping[Role, Node]:
+        """The nodes that this one stands on, by how it uses them; the graph claims them."""
+        return {}
 
     @property
     def path(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -89,9 +90,10 @@ class Graph:
             raise BlockdError(f"Duplicate nodes with node-name='{name}'")
 
     def add(self, name: str | None, driver: Driver, *, owned: bool, hidden: bool = False) -> Node:
-        """Put a node over ``driver`` in. ``name`` None: it gets one of ours.
+        """Put a node over ``driver`` and its children in. ``name`` None: it gets one of ours.
 
         ``hidden``: commands don't find it, because it goes with the job that it was made for.
+        Raises ``BlockdError``, and then leaves the driver open.
         """
         if name is None:
             self._made += 1
@@ -99,8 +101,8 @@ class Graph:
         else:
             self.check_name(name)
         node = Node(name, driver)
+        self._below[node] = self._claim_children(node)
         self._nodes[name] = node
-        self._below[node] = []
         if owned:
             self._owned.add(node)
         if hidden:
@@ -113,15 +115,32 @@ class Graph:
             if driver.identity is not None and node.driver.identity == driver.identity:
                 raise BlockdError(f"'{driver.filename}' is in use: node '{node.name}' stands on it")
 
-    def put_on(self, parent: Node, child: Node, claim: Claim) -> None:
-        """Record that ``parent`` stands on ``child``, by a claim that was made for it."""
-        self._below[parent].append((child, claim))
+    def _claim_children(self, node: Node) -> list[tuple[Node, Claim]]:
+        user, shares_resize = f"node '{node.name}'", node.driver.follows_child_size
+        return [
+            (child, child.users.claim(user, role, writes=False, shares_resize=shares_resize))
+            for role, child in node.driver.children.items()
+        ]
 
     def below(self, node: Node) -> Iterator[Node]:
-        """The nodes that ``node``'s data passes on its way to the storage, nearest first."""
-        for child, _ in self._below[node]:
-            yield child
-            yield from self.below(child)
+        """The nodes that ``node`` stands on, down to the storage, each once and nearest first."""
+        seen = {node: None}
+
+        def look(above: Node) -> None:
+            for child, _ in self._below[above]:
+                if child not in seen:
+                    seen[child] = None
+                    look(child)
+
+        look(node)
+        return itertools.islice(seen, 1, None)
+
+    def _written(self, node: Node) -> Iterator[Node]:
+        """``node``, and those below it that a write to it may reach."""
+        yield node
+        for child, claim in self._below[node]:
+            if claim.role is not Role.BACKING:
+                yield from self._written(child)
 
     def above(self, node: Node) -> Iterator[Node]:
         """The nodes that stand on ``node``, nearest first."""
@@ -141,22 +160,27 @@ class Graph:
             await node.resize(size_bytes)
         finally:
             hold.release()
-            for each in (node, *self.below(node)):
+            for each in self._written(node):
                 for upper in self.above(each):
                     upper.child_resized()
 
     def _hold_to_resize(self, node: Node) -> Hold:
         hold = Hold()
         try:
-            user, role = "an unnamed block device", Role.ROOT
-            for each in (node, *self.below(node)):
-                claim = each.users.claim(user, role, writes=False, resizes=True, shares_resize=True)
-                hold.add(each, claim)
-                user, role = f"node '{each.name}'", Role.FILE
+            self._claim_size(hold, node, "an unnamed block device", Role.ROOT)
+            for parent in self._written(node):
+                for child, standing in self._below[parent]:
+                    if standing.role is not Role.BACKING:
+                        self._claim_size(hold, child, f"node '{parent.name}'", standing.role)
         except BlockdError:
             hold.release()
             raise
         return hold
+
+    @staticmethod
+    def _claim_size(hold: Hold, node: Node, user: str, role: Role) -> None:
+        claim = node.users.claim(user, role, writes=False, resizes=True, shares_resize=True)
+        hold.add(node, claim)
 
     def hold(
         self, node: Node, user: str, role: Role = Role.ROOT, *, writes: bool, alone: bool = False
@@ -166,22 +190,26 @@ class Graph:
         ``alone``: whatever is written to the storage below must pass this node, as a view of an
         instant needs it. Raises ``BlockdError`` where another user's claim forbids that.
         """
-        if writes and any(each.read_only for each in (node, *self.below(node))):
+        if writes and any(each.read_only for each in self._written(node)):
             raise BlockdError("Block node is read-only")
         hold = Hold()
         try:
             hold.add(node, node.users.claim(user, role, writes=writes))
-            above = node
-            for each in self.below(node):
-                claim = each.users.claim(
-                    f"node '{above.name}'", Role.FILE, writes=writes, shares_writes=not alone
-                )
-                hold.add(each, claim)
-                above = each
+            self._hold_below(hold, node, writes=writes, alone=alone)
         except BlockdError:
             hold.release()
             raise
         return hold
+
+    def _hold_below(self, hold: Hold, node: Node, *, writes: bool, alone: bool) -> None:
+        for child, standing in self._below[node]:
+            role = standing.role
+            writes_child = writes and role is not Role.BACKING
+            claim = child.users.claim(
+                f"node '{node.name}'", role, writes=writes_child, shares_writes=not alone
+            )
+            hold.add(child, claim)
+            self._hold_below(hold, child, writes=writes_child, alone=alone)
 
     def find_owned(self, name: str) -> Node:
         """The node that ``blockdev-del`` may take away. Raises ``BlockdError``."""

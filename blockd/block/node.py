@@ -13,7 +13,7 @@ from blockd.block.allocation import Allocation
 from blockd.block.descriptor import Descriptor
 from blockd.block.driver import Driver
 from blockd.block.inflight import Gate
-from blockd.block.permissions import Users
+from blockd.block.permissions import Role, Users
 from blockd.errors import BlockdError, WouldBlock
 
 _Result = TypeVar("_Result")
@@ -66,6 +66,11 @@ class Node:
     def path(self) -> str | None:
         """The regular file that the data ends up in, if it is one."""
         return self.driver.path
+
+    @property
+    def backing(self) -> Node | None:
+        """The backing file, if there is one."""
+        return self.driver.children.get(Role.BACKING)
 
     @property
     def hooked(self) -> bool:

@@ -13,8 +13,11 @@ class Role(Enum):
 
     #: An export, or a command that changes the node's size.
     ROOT = "root"
-    #: A node above.
+    #: A node above that keeps its data here, or the data apart from what describes it.
     FILE = "file"
+    DATA_FILE = "data-file"
+    #: A node above that reads here what it does not hold itself, and never writes.
+    BACKING = "backing"
     #: A job that reads the node, or one that fills it.
     SOURCE = "source"
     TARGET = "target"

@@ -10,6 +10,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from blockd.block import Graph, Node, RawDriver, Role
 from blockd.errors import BlockdError
+from tests.helpers.memory_overlay import MemoryOverlay
 from tests.helpers.watched_driver import WatchedDriver
 
 EXPORT = "an unnamed block device"
@@ -27,10 +28,11 @@ def add(graph: Graph, name: str | None, *, owned: bool = True, read_only: bool =
 
 
 def add_raw(graph: Graph, name: str, child: Node) -> Node:
-    node = graph.add(name, RawDriver(child), owned=True)
-    claim = child.users.claim(f"node '{name}'", Role.FILE, writes=False)
-    graph.put_on(node, child, claim)
-    return node
+    return graph.add(name, RawDriver(child), owned=True)
+
+
+def add_overlay(graph: Graph, name: str, backing: Node, file: Node) -> Node:
+    return graph.add(name, MemoryOverlay(4096, backing, file), owned=True)
 
 
 def memory_driver(node: Node) -> WatchedDriver:
@@ -287,3 +289,23 @@ def test_nobody_writes_to_what_is_read_only_or_stands_on_it(graph: Graph) -> Non
             graph.hold(node, EXPORT, writes=True)
         graph.hold(node, EXPORT, writes=False).release()
     assert not top.users
+
+
+def test_who_writes_to_an_overlay_does_not_write_to_its_backing_file(graph: Graph) -> None:
+    base = add_raw(graph, "base", add(graph, "base-file", read_only=True))
+    file = add(graph, "file")
+    top = add_overlay(graph, "top", base, file)
+    graph.hold(top, EXPORT, writes=True)
+    assert [claim.writes for claim in file.users.of(Role.FILE)] == [False, True]
+    assert [claim.writes for claim in base.users.of(Role.BACKING)] == [False, False]
+    with pytest.raises(BlockdError, match="Block node is read-only"):
+        graph.hold(base, EXPORT, writes=True)
+
+
+def test_below_are_all_children_each_once(graph: Graph) -> None:
+    base, file = add(graph, "base"), add(graph, "file")
+    middle = add_overlay(graph, "middle", base, file)
+    beside = add_raw(graph, "beside", base)
+    top = add_overlay(graph, "top", middle, beside)
+    assert [node.name for node in graph.below(top)] == ["beside", "base", "middle", "file"]
+    assert (top.backing, middle.backing, base.backing) == (middle, base, None)

@@ -64,8 +64,7 @@ async def test_every_writable_node_is_flushed_and_closed(graph: Graph, disks: li
 async def test_what_lies_below_a_node_is_flushed(graph: Graph, disks: list[Disk]) -> None:
     below = disks[0].node
     disks[0].driver.filename = "memory"
-    top = graph.add("top", RawDriver(below), owned=True)
-    graph.put_on(top, below, below.users.claim("node 'top'", Role.FILE, writes=False))
+    graph.add("top", RawDriver(below), owned=True)
     await graph.close()
     assert all(disk.durable and disk.driver.closed for disk in disks)
 

@@ -8,10 +8,11 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from blockd.block import Node
+from blockd.block import Allocation, Node
 from blockd.block.drivers.raw import RawDriver
 from blockd.errors import BlockdError, WouldBlock
 from blockd.extent import Extent
+from tests.helpers.memory_overlay import MemoryOverlay
 from tests.helpers.watched_driver import WatchedDriver
 
 SIZE = 1024 * 1024
@@ -121,6 +122,11 @@ async def test_discards_end_where_they_are_not_wanted(child: Node, driver: Watch
     assert driver.seen == []
 
 
+async def test_layers_are_counted_from_the_child(child: Node) -> None:
+    window = RawDriver(Node("overlay", MemoryOverlay(SIZE, child)), offset_bytes=1024)
+    assert await window.allocation(512, 512) == [Allocation(Extent(512, 512), zero=True, depth=2)]
+
+
 async def test_a_read_only_node_below_is_not_written() -> None:
     driver = WatchedDriver(SIZE, read_only=True)
     driver.filename = "/disk.img"
@@ -137,7 +143,7 @@ def test_names_are_the_peers(child: Node) -> None:
     assert plain.filename == "/disk.img"
     window = RawDriver(child, offset_bytes=512)
     assert window.filename == (
-        'json:{"driver": "raw", "offset": 512, '
+        'json:{"offset": 512, "driver": "raw", '
         '"file": {"driver": "memory", "filename": "/disk.img"}}'
     )
     above = RawDriver(Node("above", plain))

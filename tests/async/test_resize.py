@@ -38,12 +38,7 @@ def add_raw(
     graph: Graph, name: str, child: Node, *, offset_bytes: int = 0, size_bytes: int | None = None
 ) -> Node:
     driver = RawDriver(child, offset_bytes=offset_bytes, size_bytes=size_bytes)
-    node = graph.add(name, driver, owned=True)
-    claim = child.users.claim(
-        f"node '{name}'", Role.FILE, writes=False, shares_resize=not driver.windowed
-    )
-    graph.put_on(node, child, claim)
-    return node
+    return graph.add(name, driver, owned=True)
 
 
 async def refusal(graph: Graph, node: Node, size: int) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from blockd.block.allocation import Allocation
 from blockd.block.descriptor import Descriptor
 from blockd.block.driver import Driver
 from blockd.block.node import Node
+from blockd.block.permissions import Role
 from blockd.errors import BlockdError
-from blockd.extent import Extent
 
 _Result = TypeVar("_Result")
 
@@ -48,6 +48,8 @@ class RawDriver(Driver):
         self.read_only = read_only
         self.offset_bytes = offset_bytes
         self._fixed_size_bytes = size_bytes
+        # One that is made to be a part of the child relies on where that part is.
+        self.follows_child_size = not offset_bytes and size_bytes is None
         self.child_resized()
         self.cluster_size_bytes = child.driver.cluster_size_bytes
         self.direct = direct
@@ -58,9 +60,8 @@ class RawDriver(Driver):
         self.filename = child.driver.filename if plain else f"json:{json.dumps(self._options)}"
 
     @property
-    def windowed(self) -> bool:
-        """Whether this is made to be a part of the child."""
-        return bool(self.offset_bytes) or self._fixed_size_bytes is not None
+    def children(self) -> Mapping[Role, Node]:
+        return {Role.FILE: self.child}
 
     def child_resized(self) -> None:
         fixed_bytes = self._fixed_size_bytes
@@ -112,10 +113,7 @@ class RawDriver(Driver):
 
     async def allocation(self, offset: int, length: int) -> Sequence[Allocation]:
         runs = await self.child.allocation(offset + self.offset_bytes, length)
-        return [
-            Allocation(Extent(run.extent.offset - self.offset_bytes, run.extent.length), run.zero)
-            for run in runs
-        ]
+        return [run.moved(-self.offset_bytes) for run in runs]
 
     async def allocated_bytes(self) -> int:
         return await self.child.driver.allocated_bytes()

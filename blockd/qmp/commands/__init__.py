@@ -13,6 +13,7 @@ from blockd.qmp.session import NEGOTIATION
 from blockd.qmp.types import backup as backup_types
 from blockd.qmp.types import bitmap as bitmap_types
 from blockd.qmp.types import block as block_types
+from blockd.qmp.types import blockdev as blockdev_types
 from blockd.qmp.types import event as event_types
 from blockd.qmp.types import export as export_types
 from blockd.qmp.types import job as job_types
@@ -34,7 +35,7 @@ COMMANDS = [
     Command.of(meta_types.QueryQmpSchema, _query_qmp_schema),
     Command.of(meta_types.QueryVersion, meta.query_version),
     Command.of(meta_types.Quit, meta.quit_daemon, concurrent=True),
-    Command("blockdev-add", block_types.BlockdevOptions, block.blockdev_add),
+    Command("blockdev-add", blockdev_types.BlockdevOptions, block.blockdev_add),
     Command.of(block_types.BlockdevDel, block.blockdev_del),
     Command.of(block_types.BlockResize, block.block_resize),
     Command.of(block_types.QueryBlock, block.query_block),

@@ -190,6 +190,4 @@ async def _add_target(graph: Graph, file: NewFile, mode: str) -> _Target:
         raise
     below = graph.add(None, driver, owned=False, hidden=True)
     node = graph.add(None, RawDriver(below), owned=False, hidden=True)
-    claim = below.users.claim(f"node '{node.name}'", Role.FILE, writes=False)
-    graph.put_on(node, below, claim)
     return _Target(node, empty if mode == "absolute-paths" else None, release)

@@ -2,136 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import trio
-
 from blockd.bitmap import BitmapInfo
-from blockd.block import SECTOR_BYTES, Driver, Graph, Node, RawDriver, Role, open_file
+from blockd.block import Node
 from blockd.errors import BlockdError
+from blockd.qmp.commands.openers import OPENERS
+from blockd.qmp.opening import open_node
 from blockd.qmp.services import Services
-from blockd.qmp.types.block import (
-    BlockdevDel,
-    BlockdevOptions,
-    BlockResize,
-    FileOptions,
-    HostDeviceOptions,
-    NodeOptions,
-    QueryBlock,
-    QueryNamedBlockNodes,
-    RawOptions,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Inherited:
-    """What a node that is made for its parent takes from it where it says nothing itself."""
-
-    read_only: bool
-    direct: bool
-    flushes: bool
-    unmap: bool
-
-
-#: A node of its own keeps discarded blocks; below another one the upper one decides.
-_ROOT = _Inherited(read_only=False, direct=False, flushes=True, unmap=False)
+from blockd.qmp.types.block import BlockdevDel, BlockResize, QueryBlock, QueryNamedBlockNodes
+from blockd.qmp.types.blockdev import BlockdevOptions
 
 
 async def blockdev_add(services: Services, arguments: BlockdevOptions) -> None:
     if arguments.node_name is None:
         raise BlockdError("'node-name' must be specified for the root node")
-    await _add(services.graph, arguments, _ROOT, owned=True)
-
-
-async def _add(
-    graph: Graph, options: BlockdevOptions, inherited: _Inherited, *, owned: bool
-) -> Node:
-    if options.node_name is not None:
-        graph.check_name(options.node_name)
-    settled = _settle(options, inherited)
-    if isinstance(options, RawOptions):
-        return await _add_raw(graph, options, settled, owned=owned)
-    driver = await _open(options, settled)
-    return await _put(graph, options, driver, owned=owned)
-
-
-def _settle(options: NodeOptions, inherited: _Inherited) -> _Inherited:
-    """The node's own options over those it inherits."""
-    cache = options.cache
-    direct = None if cache is None else cache.direct
-    no_flush = None if cache is None else cache.no_flush
-    return _Inherited(
-        read_only=inherited.read_only if options.read_only is None else options.read_only,
-        direct=inherited.direct if direct is None else direct,
-        flushes=inherited.flushes if no_flush is None else not no_flush,
-        unmap=inherited.unmap if options.discard is None else options.discard == "unmap",
-    )
-
-
-async def _open(options: FileOptions | HostDeviceOptions, settled: _Inherited) -> Driver:
-    return await trio.to_thread.run_sync(
-        lambda: open_file(
-            options.filename,
-            driver="file" if isinstance(options, FileOptions) else "host_device",
-            read_only=settled.read_only,
-            auto_read_only=options.auto_read_only,
-            direct=settled.direct,
-            unmap=settled.unmap,
-            flushes=settled.flushes,
-        )
-    )
-
-
-async def _put(graph: Graph, options: NodeOptions, driver: Driver, *, owned: bool) -> Node:
-    try:
-        return graph.add(options.node_name, driver, owned=owned)
-    except BlockdError:
-        # Two nodes of one command wanted the same name.
-        with trio.CancelScope(shield=True):
-            await driver.close()
-        raise
-
-
-async def _add_raw(graph: Graph, options: RawOptions, settled: _Inherited, *, owned: bool) -> Node:
-    if isinstance(options.file, str):
-        child = graph.get(options.file, device=options.file)
-    else:
-        # Below a node of its own a file follows the discards that reach it.
-        below = _Inherited(settled.read_only, settled.direct, settled.flushes, unmap=True)
-        child = await _add(graph, options.file, below, owned=False)
-    try:
-        return _stack(graph, options, settled, child, owned=owned)
-    except BlockdError:
-        if not isinstance(options.file, str):
-            with trio.CancelScope(shield=True):
-                await graph.remove(child)
-        raise
-
-
-def _stack(
-    graph: Graph, options: RawOptions, settled: _Inherited, child: Node, *, owned: bool
-) -> Node:
-    for name, value in (("offset", options.offset), ("size", options.size)):
-        if value is not None and value < 0:
-            raise BlockdError(f"Value '{value}' is out of range for parameter '{name}'")
-    if options.size is not None and options.size % SECTOR_BYTES:
-        raise BlockdError("Specified size is not multiple of 512")
-    driver = RawDriver(
-        child,
-        read_only=settled.read_only or (options.auto_read_only and child.read_only),
-        offset_bytes=options.offset or 0,
-        size_bytes=options.size,
-        direct=settled.direct,
-        flushes=settled.flushes,
-        unmap=settled.unmap,
-    )
-    node = graph.add(options.node_name, driver, owned=owned)
-    claim = child.users.claim(
-        f"node '{node.name}'", Role.FILE, writes=False, shares_resize=not driver.windowed
-    )
-    graph.put_on(node, child, claim)
-    return node
+    await open_node(OPENERS, services.graph, arguments, owned=True)
 
 
 async def blockdev_del(services: Services, arguments: BlockdevDel) -> None:

@@ -1,0 +1,112 @@
+"""From a node's options to the node: its children first; after a failure none of them stays.
+
+What an image made along with another inherits is what QEMU lets it inherit: documentation of
+``blockdev-add``, "BlockdevOptions", and ``-blockdev`` in qemu(1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import trio
+
+from blockd.block import Driver, Graph, Node, Role
+from blockd.qmp.types.blockdev import CacheOptions, NodeOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """The options that every node has, as they are once those it inherits are settled."""
+
+    read_only: bool
+    auto_read_only: bool
+    direct: bool
+    flushes: bool
+    unmap: bool
+
+    def overridden(self, options: NodeOptions) -> Common:
+        """What ``options`` says, and these where it says nothing."""
+        cache = options.cache or CacheOptions()
+        says: dict[str, bool | None] = {
+            "read_only": options.read_only,
+            "auto_read_only": options.auto_read_only,
+            "direct": cache.direct,
+            "flushes": None if cache.no_flush is None else not cache.no_flush,
+            "unmap": None if options.discard is None else options.discard == "unmap",
+        }
+        return replace(self, **{name: value for name, value in says.items() if value is not None})
+
+    def inherited(self, role: Role) -> Common:
+        """What a child in ``role`` takes from a node with these.
+
+        Discards that reach a child are followed: the node above has decided. A backing file is
+        read only.
+        """
+        if role is Role.BACKING:
+            return replace(self, read_only=True, auto_read_only=False, unmap=True)
+        return replace(self, unmap=True)
+
+
+#: A node of its own keeps discarded blocks.
+ROOT = Common(read_only=False, auto_read_only=False, direct=False, flushes=True, unmap=False)
+
+
+class Opening:
+    """A node that is being opened, as its driver's opener sees it."""
+
+    def __init__(self, openers: Openers, graph: Graph, common: Common) -> None:
+        self.common = common
+        self.graph = graph
+        self._openers = openers
+        self._made: list[Node] = []
+
+    async def child(self, role: Role, reference: str | NodeOptions) -> Node:
+        """The node for ``role``: one that is there, or one that is made and goes with its parent.
+
+        Raises ``BlockdError``.
+        """
+        if isinstance(reference, str):
+            return self.graph.get(reference, device=reference)
+        common = self.common.inherited(role)
+        node = await open_node(self._openers, self.graph, reference, common, owned=False)
+        self._made.append(node)
+        return node
+
+    async def give_up(self) -> None:
+        """Remove the children that were made."""
+        while self._made:
+            await self.graph.remove(self._made.pop())
+
+
+#: Opens a node's storage, given its options; its children come from the ``Opening``.
+Opener = Callable[[Opening, Any], Awaitable[Driver]]
+#: The opener for each driver's options. A driver plugs in with one entry, and one variant of
+#: ``BlockdevOptions``.
+Openers = Mapping[type[NodeOptions], Opener]
+
+
+async def open_node(
+    openers: Openers, graph: Graph, options: NodeOptions, inherited: Common = ROOT, *, owned: bool
+) -> Node:
+    """Open what ``options`` describes, and put it into the graph with all that it stands on.
+
+    Raises ``BlockdError``; then the graph is as it was.
+    """
+    if options.node_name is not None:
+        graph.check_name(options.node_name)
+    opening = Opening(openers, graph, inherited.overridden(options))
+    try:
+        driver = await openers[type(options)](opening, options)
+        try:
+            return graph.add(options.node_name, driver, owned=owned)
+        except BaseException:
+            # Such as two nodes of one command that wanted the same name.
+            with trio.CancelScope(shield=True):
+                await driver.close()
+            raise
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await opening.give_up()
+        raise

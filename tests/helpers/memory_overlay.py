@@ -1,0 +1,89 @@
+"""A driver over memory with a backing file: what it does not hold is read from there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from blockd.block import Allocation, Node, Role
+from blockd.extent import Extent
+from tests.helpers.memory_driver import MemoryDriver
+
+PAGE_BYTES = 512
+
+
+class MemoryOverlay(MemoryDriver):
+    """Pages that were written, and the backing node under the others.
+
+    Nothing of it is done at once; the backing node may be shorter.
+    """
+
+    def __init__(self, size_bytes: int, backing: Node | None, file: Node | None = None) -> None:
+        """``file``: a node that stands below for nothing but to be there."""
+        super().__init__(size_bytes, page_bytes=PAGE_BYTES)
+        self.name = "overlay"
+        self.filename = "/overlay.img"
+        self.backing = backing
+        self.file = file
+        self.held: set[int] = set()
+
+    @property
+    def children(self) -> Mapping[Role, Node]:
+        children = {Role.FILE: self.file, Role.BACKING: self.backing}
+        return {role: child for role, child in children.items() if child is not None}
+
+    async def read(self, offset: int, view: memoryview) -> None:
+        await super().read(offset, view)
+        end = offset + len(view)
+        for run in await self.allocation(offset, len(view)):
+            if run.depth > 1 and self.backing is not None:
+                start, stop = run.extent.offset, min(run.extent.end, end)
+                await self.backing.read(start, view[start - offset : stop - offset])
+
+    async def write(self, offset: int, view: memoryview) -> None:
+        await self._keep_edges(offset, len(view))
+        await super().write(offset, view)
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        await self._keep_edges(offset, length)
+        await super().write_zeroes(offset, length, unmap=unmap)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self.write_zeroes(offset, length, unmap=True)
+
+    async def _keep_edges(self, offset: int, length: int) -> None:
+        """Hold the pages of a range, the parts beside it as they read now."""
+        first, end = offset // PAGE_BYTES, -(-(offset + length) // PAGE_BYTES)
+        for page in {first, end - 1} - self.held:
+            start = page * PAGE_BYTES
+            view = memoryview(bytearray(min(PAGE_BYTES, self.size_bytes - start)))
+            await self.read(start, view)
+            self.data[start : start + len(view)] = view
+        self.held.update(range(first, end))
+
+    async def allocation(self, offset: int, length: int) -> Sequence[Allocation]:
+        return [
+            piece
+            for run in await super().allocation(offset, length)
+            for piece in await self._by_layers(run)
+        ]
+
+    async def _by_layers(self, run: Allocation) -> Sequence[Allocation]:
+        runs: list[Allocation] = []
+        offset, end = run.extent.offset, run.extent.end
+        while offset < end:
+            page = offset // PAGE_BYTES
+            stop = min((page + 1) * PAGE_BYTES, end)
+            runs += await self._page(page, offset, stop - offset, zero=run.zero)
+            offset = stop
+        return runs
+
+    async def _page(
+        self, page: int, offset: int, length: int, *, zero: bool
+    ) -> Sequence[Allocation]:
+        extent = Extent(offset, length)
+        if page in self.held:
+            return [Allocation(extent, zero)]
+        if self.backing is None or extent.end > self.backing.size_bytes:
+            return [Allocation(extent, zero=True, depth=0)]
+        below = await self.backing.allocation(offset, length)
+        return [each._replace(depth=each.depth and each.depth + 1) for each in below]
