@@ -101,6 +101,8 @@ NODE_NAME_BYTES = 31
 LISTEN_BACKLOG = 128
 #: How long to wait with the next client when accepting one failed for want of descriptors.
 ACCEPT_PAUSE_SECONDS = 0.2
+#: How often that is logged, at the most, while it lasts.
+ACCEPT_COMPLAINT_SECONDS = 60
 #: Bytes received at once during an NBD handshake; less than a connection's buffer, which takes
 #: over what came early.
 NBD_HANDSHAKE_BYTES = 64 * KIB

@@ -12,6 +12,7 @@ import trio
 from blockd import limits
 from blockd.errors import BlockdError
 from blockd.events import Bus
+from blockd.listener import Address, Listener, listen
 from blockd.nbd.activity import Activity
 from blockd.nbd.channel import Channel, ClientGone
 from blockd.nbd.connection import Connection
@@ -25,7 +26,6 @@ from blockd.nbd.handshake import (
     SoftDisconnect,
     Transmission,
 )
-from blockd.nbd.listener import Address, Listener, listen
 from blockd.nbd.wire import ProtocolError
 
 _log = logging.getLogger(__name__)
@@ -186,22 +186,14 @@ class NbdServer:
             most = running.settings.max_connections
             while most and running.connections >= most:
                 await self._connection_ended.wait()
-            try:
-                client, _ = sock.accept()
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                # Out of descriptors, most likely: those that are served go on.
-                _log.warning("NBD: a client could not be accepted: %s", error)
-                await trio.sleep(limits.ACCEPT_PAUSE_SECONDS)
-                continue
-            running.connections += 1
-            nursery.start_soon(self._serve_client, running, client)
+            client = await running.listener.accept(sock)
+            if client is not None:
+                running.connections += 1
+                nursery.start_soon(self._serve_client, running, client)
 
     async def _serve_client(self, running: _Running, client: socket.socket) -> None:
         """The boundary of one connection: whatever goes wrong in it ends it alone."""
         try:
-            client.setblocking(False)
             if client.family != socket.AF_UNIX:
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._activity.serving():

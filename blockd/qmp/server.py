@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
 import socket
-import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from typing import NoReturn
 
 import trio
 
-from blockd import limits
 from blockd.errors import BlockdError
+from blockd.listener import Listener, UnixAddress, listen
 from blockd.qmp.commands import COMMANDS
 from blockd.qmp.dispatch import Dispatcher
 from blockd.qmp.monitor import Monitor
@@ -36,18 +35,16 @@ class QmpServer:
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take clients until ``close``. Raises ``BlockdError`` where the socket can't be had."""
-        sock = _listen(self._path)
-        identity = os.stat(self._path)
+        with _only_one_starts(self._path):
+            # Only the daemon's own user may connect.
+            listener = listen(UnixAddress(self._path, mode=0o600))
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
-                    listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
                     task_status.started()
-                    await trio.serve_listeners(
-                        self._serve_client, [listener], handler_nursery=nursery
-                    )
+                    await self._accept(listener, nursery)
         finally:
-            _remove(self._path, identity)
+            listener.close()
             self._ended.set()
 
     async def close(self) -> None:
@@ -58,8 +55,17 @@ class QmpServer:
         self._scope.cancel()
         await self._ended.wait()
 
-    async def _serve_client(self, stream: trio.SocketStream) -> None:
+    async def _accept(self, listener: Listener, nursery: trio.Nursery) -> NoReturn:
+        (sock,) = listener.sockets
+        while True:
+            await trio.lowlevel.wait_readable(sock)
+            client = await listener.accept(sock)
+            if client is not None:
+                nursery.start_soon(self._serve_client, client)
+
+    async def _serve_client(self, client: socket.socket) -> None:
         """The boundary of one client: what goes wrong with it ends it alone."""
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
         monitor = Monitor(stream, self._dispatcher, self._bus)
         self._monitors.add(monitor)
         try:
@@ -73,54 +79,15 @@ class QmpServer:
             self._monitors.discard(monitor)
 
 
-def _listen(path: str) -> socket.socket:
-    """A listening socket that only its owner may connect to."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        with _locked(os.path.dirname(path) or "."):
-            _make_way(path)
-            sock.bind(path)
-            # Nobody can connect before `listen`: the mode is right from the first client on.
-            os.chmod(path, 0o600)
-            sock.listen(limits.LISTEN_BACKLOG)
-    except OSError as error:
-        sock.close()
-        reason = error.strerror or str(error)
-        raise BlockdError(f"QMP socket '{path}' can't be made: {reason}") from error
-    except BlockdError:
-        sock.close()
-        raise
-    return sock
-
-
 @contextmanager
-def _locked(directory: str) -> Iterator[None]:
+def _only_one_starts(path: str) -> Iterator[None]:
     """Two daemons that start at once must not take each other's socket for a stale one."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise BlockdError(f"Failed to bind socket to {path}: {error.strerror}") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)
-
-
-def _make_way(path: str) -> None:
-    """Remove a socket that nobody serves any more. Raises ``BlockdError`` for anything else."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise BlockdError(f"QMP socket '{path}' can't be made: something else is there")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        outcome = probe.connect_ex(path)
-    if outcome != errno.ECONNREFUSED:
-        raise BlockdError(f"QMP socket '{path}' is in use by another process")
-    os.unlink(path)
-
-
-def _remove(path: str, identity: os.stat_result) -> None:
-    """Remove our socket, and no other that has taken its place."""
-    with suppress(FileNotFoundError):
-        if os.path.samestat(os.lstat(path), identity):
-            os.unlink(path)

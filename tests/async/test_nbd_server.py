@@ -15,8 +15,8 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from blockd.errors import BlockdError
+from blockd.listener import UnixAddress
 from blockd.nbd import Settings
-from blockd.nbd.listener import UnixAddress
 from blockd.nbd.wire import Cmd, TransmissionFlag
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.nbd_codec import Call, NbdError

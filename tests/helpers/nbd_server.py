@@ -11,8 +11,8 @@ import trio
 
 from blockd.block import Graph, Node
 from blockd.events import Bus, Event
+from blockd.listener import UnixAddress
 from blockd.nbd import Export, NbdServer, Settings, wire
-from blockd.nbd.listener import UnixAddress
 from blockd.nbd.wire import Cmd, Errno, Option
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.nbd_codec import (

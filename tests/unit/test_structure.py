@@ -31,6 +31,7 @@ RANK_OF = {
     "blockd.block": "domain",
     "blockd.backup": "domain",
     "blockd.backup.plan": "pure",
+    "blockd.listener": "edges",
     "blockd.nbd": "edges",
     "blockd.nbd.wire": "pure",
     "blockd.nbd.handshake": "pure",

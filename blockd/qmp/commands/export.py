@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from blockd import limits, nbd
+from blockd import limits, listener, nbd
 from blockd.errors import BlockdError
 from blockd.qmp.services import Services
 from blockd.qmp.types.export import (
@@ -28,11 +28,11 @@ async def nbd_server_start(services: Services, arguments: NbdServerStart) -> Non
     await services.nbd.start(_address(arguments.addr), settings)
 
 
-def _address(declared: InetAddress | UnixAddress) -> nbd.UnixAddress | nbd.InetAddress:
+def _address(declared: InetAddress | UnixAddress) -> listener.UnixAddress | listener.InetAddress:
     if isinstance(declared, UnixAddress):
-        return nbd.UnixAddress(declared.data.path)
+        return listener.UnixAddress(declared.data.path)
     data = declared.data
-    return nbd.InetAddress(data.host, data.port, data.ipv4, data.ipv6)
+    return listener.InetAddress(data.host, data.port, data.ipv4, data.ipv6)
 
 
 async def nbd_server_stop(services: Services, _arguments: NbdServerStop) -> None:

@@ -1,24 +1,30 @@
-"""Where an NBD server listens."""
+"""Where a server listens, and how it takes its clients."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import trio
+
 from blockd import limits
 from blockd.errors import BlockdError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class UnixAddress:
-    """A socket in the file system."""
+    """A socket in the file system; ``mode``: who may connect, by default what the umask leaves."""
 
     path: str
+    mode: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,7 @@ Address = UnixAddress | InetAddress
 
 #: The longest path that fits into an address, with its NUL.
 _UNIX_PATH_BYTES = 107
+_PORT_MAX = 65535
 
 
 class Listener:
@@ -46,6 +53,31 @@ class Listener:
         self.sockets = sockets
         self._path = path
         self._identity = _identity(path)
+        self._complained_at = float("-inf")
+
+    async def accept(self, sock: socket.socket) -> socket.socket | None:
+        """A client that waits at ``sock``, one of ``sockets``; nothing happens before it is taken.
+
+        None where there is none: somebody else was faster, it has gone, or it can't be had. Then
+        it is because descriptors are out, most likely, and it goes on waiting: that is logged now
+        and then, and this returns after a pause.
+        """
+        try:
+            client, _ = sock.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        except OSError as error:
+            await self._pause(error)
+            return None
+        client.setblocking(False)
+        return client
+
+    async def _pause(self, error: OSError) -> None:
+        now = trio.current_time()
+        if now >= self._complained_at + limits.ACCEPT_COMPLAINT_SECONDS:
+            self._complained_at = now
+            _log.warning("new clients can't be accepted, and wait: %s", error)
+        await trio.sleep(limits.ACCEPT_PAUSE_SECONDS)
 
     def close(self) -> None:
         """Stop listening; a socket in the file system is removed if it is still ours."""
@@ -60,8 +92,8 @@ class Listener:
 def listen(address: Address) -> Listener:
     """Listen there; may wait for a name server. Raises ``BlockdError`` with the reason."""
     match address:
-        case UnixAddress(path):
-            return Listener([_listen_unix(path)], path)
+        case UnixAddress(path, mode):
+            return Listener([_listen_unix(path, mode)], path)
         case InetAddress():
             return Listener(_listen_inet(address))
 
@@ -76,7 +108,7 @@ def _identity(path: str | None) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _listen_unix(path: str) -> socket.socket:
+def _listen_unix(path: str, mode: int | None) -> socket.socket:
     if len(os.fsencode(path)) > _UNIX_PATH_BYTES:
         raise BlockdError(f"UNIX socket path '{path}' is too long")
     if not path:
@@ -90,6 +122,9 @@ def _listen_unix(path: str) -> socket.socket:
                 _refuse_live(path)
                 os.unlink(path)
         sock.bind(path)
+        if mode is not None:
+            # Nobody can connect before `listen`: the mode is right from the first client on.
+            os.chmod(path, mode)
         return _listening(sock)
     except OSError as error:
         sock.close()
@@ -149,6 +184,9 @@ def _resolve(address: InetAddress) -> list[tuple[socket.AddressFamily, tuple[obj
         socket.AF_INET6: address.ipv6 if address.ipv6 is not None else not address.ipv4,
     }
     refused = f"address resolution failed for {address.host}:{address.port}"
+    if address.port.isdecimal() and int(address.port) > _PORT_MAX:
+        # The C library, and QEMU with it, would listen at what is left of it in 16 bits.
+        raise BlockdError(f"{refused}: Servname not supported for ai_socktype")
     try:
         found = socket.getaddrinfo(
             address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -1,21 +1,24 @@
-"""Where an NBD server may listen, and what is said where it can't."""
+"""Where a server may listen, what is said where it can't, and how it takes clients."""
 
 from __future__ import annotations
 
 import errno
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
+from blockd import limits
 from blockd.errors import BlockdError
 from blockd.events import Bus
+from blockd.listener import Address, InetAddress, Listener, UnixAddress, listen
 from blockd.nbd import NbdServer, Settings
-from blockd.nbd.listener import Address, InetAddress, Listener, UnixAddress, listen
 
 FOREIGN = "192.0.2.1"  # RFC 5737: nobody's
 
@@ -77,6 +80,18 @@ def test_the_longest_path(tmp_path: Path) -> None:
     assert not Path(path).exists()
 
 
+def test_the_mode_is_as_asked_whatever_the_umask(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    for umask, mode, seen in ((0, 0o600, 0o600), (0o777, 0o666, 0o666), (0o077, None, 0o700)):
+        before = os.umask(umask)
+        try:
+            listener = listen(UnixAddress(str(path), mode))
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(path.stat().st_mode) == seen
+        listener.close()
+
+
 def test_another_ones_socket_is_not_removed(tmp_path: Path) -> None:
     path = tmp_path / "s"
     first = listen(UnixAddress(str(path)))
@@ -117,6 +132,11 @@ def test_addresses_that_can_not_be() -> None:
     assert refusal(InetAddress("127.0.0.1", "0", ipv4=False)).startswith(
         "address resolution failed for 127.0.0.1:0: "
     )
+    for port in ("65536", "99999", "4294967297"):
+        assert refusal(InetAddress("127.0.0.1", port)) == (
+            f"address resolution failed for 127.0.0.1:{port}: "
+            "Servname not supported for ai_socktype"
+        )
     # Names that Python does not even ask for.
     for host in ("x" * 64, "a..b"):
         assert refusal(InetAddress(host, "0")) == (
@@ -169,6 +189,43 @@ def test_a_listener_that_fails_midway_leaves_nothing(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(socket.socket, "listen", second_fails)
     assert "Address already in use" in refusal(InetAddress("two", "0"))
+
+
+# --- taking clients ---------------------------------------------------------------------------
+
+
+class Failing(socket.socket):
+    """A listening socket at which something is wrong with every client."""
+
+    trouble = errno.EMFILE
+
+    def accept(self) -> Any:
+        raise OSError(self.trouble, os.strerror(self.trouble))
+
+
+async def test_a_client_that_can_not_be_taken_waits_and_is_told_of_now_and_then(
+    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    with Failing(socket.AF_UNIX) as sock:
+        listener = Listener([sock])
+        began = trio.current_time()
+        while trio.current_time() < began + 1.5 * limits.ACCEPT_COMPLAINT_SECONDS:
+            before = trio.current_time()
+            assert await listener.accept(sock) is None
+            assert trio.current_time() >= before + limits.ACCEPT_PAUSE_SECONDS
+    assert [record.getMessage() for record in caplog.records] == [
+        "new clients can't be accepted, and wait: [Errno 24] Too many open files"
+    ] * 2
+
+
+@pytest.mark.parametrize("trouble", [errno.EAGAIN, errno.ECONNABORTED])
+async def test_a_client_that_has_gone_costs_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, trouble: int
+) -> None:
+    monkeypatch.setattr(Failing, "trouble", trouble)
+    with Failing(socket.AF_UNIX) as sock:
+        assert await Listener([sock]).accept(sock) is None
+    assert caplog.records == []
 
 
 async def test_a_client_by_tcp() -> None:
