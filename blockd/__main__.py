@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import grp
 import logging
+import pwd
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +13,7 @@ import trio
 
 from blockd import __version__, daemon
 from blockd.errors import BlockdError
+from blockd.qmp import AccessList, Holders
 
 
 def _unix_path(address: str) -> str:
@@ -18,6 +21,24 @@ def _unix_path(address: str) -> str:
     if kind != "unix" or not path:
         raise argparse.ArgumentTypeError(f"'{address}' is not of the form unix:PATH")
     return path
+
+
+def _uid(user: str) -> int:
+    if user.isdecimal():
+        return int(user)
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"there is no user '{user}'") from None
+
+
+def _gid(group: str) -> int:
+    if group.isdecimal():
+        return int(group)
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"there is no group '{group}'") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,8 +54,38 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="take QMP clients on this socket, which is created with mode 0600",
     )
+    _add_access_options(parser)
     parser.add_argument("--version", action="version", version=f"blockd {__version__}")
     return parser
+
+
+def _add_access_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "access to the QMP socket",
+        "Without these options the socket's mode says who may use it. With any of them the mode "
+        "is 0666, and only these may, by the credentials of the process that connects: root and "
+        "blockd's own user always, and whoever is named here, by number or name. Each option may "
+        "be given again.",
+    )
+    for name, what in (("", "may do everything"), ("read-", "may query and hear events, no more")):
+        for kind, parse in (("uid", _uid), ("gid", _gid)):
+            group.add_argument(
+                f"--qmp-allow-{name}{kind}",
+                metavar=kind.upper(),
+                type=parse,
+                action="append",
+                default=[],
+                help=f"this {'user' if kind == 'uid' else 'group'} {what}",
+            )
+
+
+def _access_list(options: argparse.Namespace) -> AccessList | None:
+    full = Holders(frozenset(options.qmp_allow_uid), frozenset(options.qmp_allow_gid))
+    read_only = Holders(
+        frozenset(options.qmp_allow_read_uid), frozenset(options.qmp_allow_read_gid)
+    )
+    nobody = Holders()
+    return None if full == read_only == nobody else AccessList.of(full, read_only)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     status = 0
     try:
-        trio.run(daemon.run, options.qmp)
+        trio.run(daemon.run, options.qmp, _access_list(options))
     except* BlockdError as refusals:
         logging.getLogger(__name__).error("%s", refusals.exceptions[0])
         status = 1

@@ -16,15 +16,16 @@ from blockd.block import Graph
 from blockd.events import Bus
 from blockd.job import Jobs
 from blockd.nbd import NbdServer
-from blockd.qmp import QmpServer, Services
+from blockd.qmp import AccessList, QmpServer, Services
 from blockd.systemd import ServiceManager
 
 _log = logging.getLogger(__name__)
 
 
-async def run(qmp_path: str) -> None:
+async def run(qmp_path: str, access_list: AccessList | None = None) -> None:
     """Serve QMP clients on a Unix socket until one says ``quit`` or a signal says so.
 
+    ``access_list``: who they may be; without one, whoever the socket's mode lets in.
     Raises ``BlockdError`` where the socket can't be had.
     """
     last_resort = threading.Timer(limits.LAST_RESORT_SECONDS, _exit_at_once)
@@ -32,14 +33,18 @@ async def run(qmp_path: str) -> None:
     try:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async with trio.open_nursery() as nursery:
-                await _serve(qmp_path, nursery, signals, last_resort)
+                await _serve(qmp_path, access_list, nursery, signals, last_resort)
                 nursery.cancel_scope.cancel()
     finally:
         last_resort.cancel()
 
 
 async def _serve(
-    qmp_path: str, nursery: trio.Nursery, signals: AsyncIterator[int], last_resort: threading.Timer
+    qmp_path: str,
+    access_list: AccessList | None,
+    nursery: trio.Nursery,
+    signals: AsyncIterator[int],
+    last_resort: threading.Timer,
 ) -> None:
     manager = ServiceManager()
     bus = Bus()
@@ -57,7 +62,7 @@ async def _serve(
 
     jobs, nbd = Jobs(nursery, bus), NbdServer(nursery, bus)
     services = Services(Graph(), jobs, nbd, bus, end_service, stop.set)
-    qmp = QmpServer(qmp_path, services)
+    qmp = QmpServer(qmp_path, services, access_list)
     await nursery.start(qmp.serve)
     nursery.start_soon(_stop_at_signal, signals, stop)
     nursery.start_soon(manager.watchdog)

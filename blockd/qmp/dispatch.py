@@ -78,6 +78,11 @@ class Dispatcher:
         self._commands = {command.name: command for command in commands}
         self._services = services
 
+    def changes(self, name: str) -> bool:
+        """Whether the command may change something; one that there is not does nothing."""
+        command = self._commands.get(name)
+        return command is not None and not getattr(command.declaration, "read_only", False)
+
     async def execute(self, name: str, sent: dict[str, Any]) -> Any:
         """Carry out a command; whatever it raises is for ``describe``."""
         command = self._commands.get(name)

@@ -13,6 +13,7 @@ from blockd import limits
 from blockd.errors import BlockdError
 from blockd.events import Bus, Event
 from blockd.qmp import arguments, wire
+from blockd.qmp.access import Client, Role
 from blockd.qmp.dispatch import Dispatcher, describe
 from blockd.qmp.framing import Broken, Reader
 from blockd.qmp.outbox import Outbox
@@ -25,7 +26,10 @@ _log = logging.getLogger(__name__)
 class Monitor:
     """Serves the client at ``stream`` until it goes, or does not read what it is sent."""
 
-    def __init__(self, stream: trio.SocketStream, dispatcher: Dispatcher, bus: Bus) -> None:
+    def __init__(
+        self, stream: trio.SocketStream, dispatcher: Dispatcher, bus: Bus, client: Client
+    ) -> None:
+        self._client = client
         self._stream = stream
         self._dispatcher = dispatcher
         self._bus = bus
@@ -72,7 +76,9 @@ class Monitor:
 
     def _drop(self) -> None:
         _log.warning(
-            "a QMP client was dropped: it left more than %d bytes unread", limits.QMP_OUTBOX_BYTES
+            "%s was dropped: it left more than %d bytes unread",
+            self._client,
+            limits.QMP_OUTBOX_BYTES,
         )
         self._hang_up()
 
@@ -113,4 +119,6 @@ class Monitor:
             wanted: QmpCapabilities = arguments.parse(QmpCapabilities, request.arguments)
             self._session.negotiate(wanted.enable or [])
             return None
+        if self._client.role is not Role.FULL and self._dispatcher.changes(request.name):
+            raise BlockdError(f"The command {request.name} is not for clients that may only look")
         return await self._dispatcher.execute(request.name, request.arguments)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import trio
 
 from blockd.errors import BlockdError
 from blockd.listener import Listener, UnixAddress, listen
+from blockd.qmp import wire
+from blockd.qmp.access import AccessList, Client, Credentials, Role
 from blockd.qmp.commands import COMMANDS
-from blockd.qmp.dispatch import Dispatcher
+from blockd.qmp.dispatch import Dispatcher, describe
 from blockd.qmp.monitor import Monitor
 from blockd.qmp.services import Services
 
@@ -23,10 +26,15 @@ _log = logging.getLogger(__name__)
 
 
 class QmpServer:
-    """Serves any number of clients at ``path``; each has a negotiation and a queue of its own."""
+    """Serves any number of clients at ``path``; each has a negotiation and a queue of its own.
 
-    def __init__(self, path: str, services: Services) -> None:
+    ``access_list`` says who they may be. Without one the file's mode does: the daemon's own user.
+    """
+
+    def __init__(self, path: str, services: Services, access_list: AccessList | None) -> None:
         self._path = path
+        self._access_list = access_list
+        self._clients = itertools.count(1)
         self._bus = services.bus
         self._dispatcher = Dispatcher(COMMANDS, services)
         self._monitors: set[Monitor] = set()
@@ -36,8 +44,8 @@ class QmpServer:
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take clients until ``close``. Raises ``BlockdError`` where the socket can't be had."""
         with _only_one_starts(self._path):
-            # Only the daemon's own user may connect.
-            listener = listen(UnixAddress(self._path, mode=0o600))
+            mode = 0o600 if self._access_list is None else 0o666
+            listener = listen(UnixAddress(self._path, mode))
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -63,18 +71,36 @@ class QmpServer:
             if client is not None:
                 nursery.start_soon(self._serve_client, client)
 
-    async def _serve_client(self, client: socket.socket) -> None:
+    async def _serve_client(self, sock: socket.socket) -> None:
         """The boundary of one client: what goes wrong with it ends it alone."""
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
-        monitor = Monitor(stream, self._dispatcher, self._bus)
-        self._monitors.add(monitor)
         try:
-            async with stream:
-                await monitor.serve()
+            with sock:
+                client = self._admit(sock)
+                if client is not None:
+                    await self._talk(client, trio.socket.from_stdlib_socket(sock))
         except* trio.BrokenResourceError:
             _log.info("a QMP client was lost")
         except* Exception:  # noqa: BLE001 - the boundary
             _log.exception("a QMP client's connection failed")
+
+    def _admit(self, sock: socket.socket) -> Client | None:
+        """The client, or None: it may not be one, and has been told so as far as it listens."""
+        credentials = Credentials.of(sock)
+        role = Role.FULL if self._access_list is None else self._access_list.role_of(credentials)
+        if role is not None:
+            return Client(next(self._clients), credentials, role)
+        _log.warning("QMP: uid %d, pid %d was refused", credentials.uid, credentials.pid)
+        refusal = BlockdError(f"User {credentials.uid} is not allowed to use this QMP socket")
+        failure = describe(refusal)
+        with suppress(OSError):
+            sock.send(wire.failure(failure.error_class, failure.message, {}))
+        return None
+
+    async def _talk(self, client: Client, sock: trio.socket.SocketType) -> None:
+        monitor = Monitor(trio.SocketStream(sock), self._dispatcher, self._bus, client)
+        self._monitors.add(monitor)
+        try:
+            await monitor.serve()
         finally:
             self._monitors.discard(monitor)
 

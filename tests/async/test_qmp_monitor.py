@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import socket
@@ -14,16 +15,25 @@ import trio
 
 from blockd import limits
 from blockd.events import Bus
+from blockd.qmp import access
+from blockd.qmp.access import Credentials, Role
 from blockd.qmp.dispatch import Command, Dispatcher
 from blockd.qmp.monitor import Monitor
 from blockd.qmp.services import Services
 from blockd.qmp.types import base
 
+ME = Credentials(pid=4242, uid=1000, groups=frozenset())
 CAPABILITIES = b'{"execute": "qmp_capabilities"}'
 
 
 class Nothing(base.Command, kw_only=True):
     """No arguments."""
+
+    command: ClassVar[str] = ""
+
+
+class Look(base.Query, kw_only=True):
+    """No arguments, and nothing changes."""
 
     command: ClassVar[str] = ""
 
@@ -88,10 +98,13 @@ class Stage:
         self.ending = False
         self._nursery = nursery
         self.clients = clients
+        self._numbers = itertools.count(1)
+        #: That of the clients to come.
+        self.role = Role.FULL
         self.ended = 0
 
     def command(self, name: str, handler: Callable[..., Any], **options: bool) -> None:
-        declaration = Number if "number" in name else Nothing
+        declaration = Number if "number" in name else Look if "query" in name else Nothing
         self.commands.append(Command(name, declaration, handler, **options))
 
     async def connect(self) -> Client:
@@ -106,7 +119,8 @@ class Stage:
         return client
 
     async def _serve(self, stream: trio.SocketStream) -> None:
-        monitor = Monitor(stream, Dispatcher(self.commands, self.services), self.bus)
+        client = access.Client(next(self._numbers), ME, self.role)
+        monitor = Monitor(stream, Dispatcher(self.commands, self.services), self.bus, client)
         async with stream:
             try:
                 await monitor.serve()
@@ -207,6 +221,32 @@ async def test_commands_are_answered_in_order_however_they_are_cut() -> None:
             assert [await client.next() for _ in range(20)] == [
                 {"return": number} for number in range(20)
             ]
+
+
+# -- clients that may only look ------------------------------------------------------------------
+
+
+async def test_a_client_that_may_only_look() -> None:
+    async with open_stage() as stage:
+        changes: list[str] = []
+        stage.command("x-change", lambda _services, _arguments: changes.append("made"))
+        stage.command("x-query", lambda _services, _arguments: changes)
+        master = await stage.negotiated()
+        stage.role = Role.READ_ONLY
+        guest = await stage.negotiated()
+        refused = error(
+            "GenericError", "The command x-change is not for clients that may only look"
+        )
+        assert await guest.ask(b'{"execute": "x-change"}') == refused
+        # Who asked comes before what was asked for.
+        assert await guest.ask(b'{"execute": "x-change", "arguments": {"x": 1}}') == refused
+        unknown = error("CommandNotFound", "The command x has not been found")
+        assert await guest.ask(b'{"execute": "x"}') == unknown
+        assert await guest.ask(b'{"execute": "x-query"}') == {"return": []}
+        assert await master.ask(b'{"execute": "x-change"}') == {"return": {}}
+        assert await guest.ask(b'{"execute": "x-query"}') == {"return": ["made"]}
+        stage.bus.publish("TICK", {})
+        assert (await guest.next())["event"] == "TICK"
 
 
 # -- mistakes ------------------------------------------------------------------------------------
@@ -321,7 +361,10 @@ async def test_a_client_that_never_reads_is_dropped_and_nobody_waits(
                 assert (await lively.next())["data"]["number"] == number
             # A socket holds some; the rest is for the queue.
             assert sent < 10_000
-        assert "100000 bytes unread" in caplog.text
+        (record,) = caplog.records
+        assert record.getMessage() == (
+            "QMP client 1 (uid 1000, pid 4242) was dropped: it left more than 100000 bytes unread"
+        )
         assert len(await lazy.rest()) < sent
         assert "error" in await lively.ask(b'{"execute": "x"}')
 

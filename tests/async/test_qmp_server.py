@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import stat
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from blockd.errors import BlockdError
 from blockd.events import Bus
 from blockd.job import Jobs
 from blockd.nbd.server import NbdServer
+from blockd.qmp.access import AccessList, Holders
 from blockd.qmp.server import QmpServer
 from blockd.qmp.services import Services
 from tests.helpers.qmp_client import QmpClient, QmpError
@@ -38,7 +40,7 @@ class Running:
 
 
 @asynccontextmanager
-async def running(path: Path) -> AsyncIterator[Running]:
+async def running(path: Path, access_list: AccessList | None = None) -> AsyncIterator[Running]:
     """Serve at ``path``; the body may close the server itself."""
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
@@ -51,7 +53,7 @@ async def running(path: Path) -> AsyncIterator[Running]:
             services = Services(
                 Graph(), Jobs(nursery, bus), NbdServer(nursery, bus), bus, end_service, stop.set
             )
-            server = QmpServer(str(path), services)
+            server = QmpServer(str(path), services, access_list)
             await nursery.start(server.serve)
             yield Running(server, bus, stop)
             await server.close()
@@ -208,6 +210,68 @@ async def test_a_client_that_leaves_in_the_middle(tmp_path: Path) -> None:
                 client.connect(str(path))
                 client.sendall(data)
         assert (await in_thread(ask_version, path)).startswith("blockd ")
+
+
+# -- who may ----
+
+
+MINE = Holders(uids=frozenset([os.geteuid()]))
+MY_GROUPS = [Holders(gids=frozenset([gid])) for gid in {os.getegid(), *os.getgroups()}]
+NOBODY = Holders()
+
+
+def answers(path: Path) -> list[dict[str, Any]]:
+    """All that a client gets who asks for two things and then waits for the end."""
+    with socket.socket(socket.AF_UNIX) as client, client.makefile() as lines:
+        client.connect(str(path))
+        got = [json.loads(lines.readline())]
+        with suppress(ConnectionError):
+            for command in ("qmp_capabilities", "query-jobs", "nbd-server-stop"):
+                client.sendall(json.dumps({"execute": command}).encode())
+                got.append(json.loads(lines.readline() or "null"))
+        return got
+
+
+@pytest.mark.parametrize("allowed", [MINE, *MY_GROUPS])
+async def test_credentials_let_a_client_in(tmp_path: Path, allowed: Holders) -> None:
+    path = tmp_path / "qmp.sock"
+    stopped = {"error": {"class": "GenericError", "desc": "NBD server not running"}}
+    refused = "The command nbd-server-stop is not for clients that may only look"
+    for access_list, last in (
+        (AccessList(allowed, NOBODY), stopped),
+        (AccessList(allowed, allowed), stopped),
+        (AccessList(NOBODY, allowed), {"error": {"class": "GenericError", "desc": refused}}),
+    ):
+        async with running(path, access_list):
+            assert stat.filemode(path.stat().st_mode) == "srw-rw-rw-"
+            greeting, *replies = await in_thread(answers, path)
+            assert "QMP" in greeting
+            assert replies == [{"return": {}}, {"return": []}, last]
+
+
+async def test_who_is_not_on_the_list_is_told_so_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "qmp.sock"
+    mine = {os.getegid(), *os.getgroups()}
+    others = Holders(frozenset([os.geteuid() + 1]), frozenset([max(mine) + 1]))
+    async with running(path, AccessList(others, others)):
+        told = await in_thread(answers, path)
+    desc = f"User {os.geteuid()} is not allowed to use this QMP socket"
+    assert told[0] == {"error": {"class": "GenericError", "desc": desc}}
+    assert told[1:] in ([], [None])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"QMP: uid {os.geteuid()}, pid {os.getpid()} was refused"
+    ]
+
+
+async def test_who_is_refused_and_does_not_listen_holds_up_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "qmp.sock"
+    async with running(path, AccessList(NOBODY, NOBODY)):
+        for _ in range(100):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(path))
+        assert len(await in_thread(answers, path)) >= 1
 
 
 # -- the end -------------------------------------------------------------------------------------

@@ -22,11 +22,19 @@ class Nothing(Object, kw_only=True):
 class Command(Object, kw_only=True):
     """The arguments of the command ``command``; the docstring says what it does.
 
-    ``returns`` declares what it answers.
+    ``returns`` declares what it answers. ``read_only``: it changes nothing, so that clients may
+    give it who may only look.
     """
 
     command: ClassVar[str]
     returns: ClassVar[Any] = Nothing
+    read_only: ClassVar[bool] = False
+
+
+class Query(Command, kw_only=True):
+    """A command that only tells."""
+
+    read_only: ClassVar[bool] = True
 
 
 #: Integers as wide as the peer's; ``c_type`` says how wide, and how it names an unsigned one.

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from blockd.qmp.types.base import Command, Object, UInt32
+from blockd.qmp.types.base import Command, Object, Query, UInt32
 
 
 class BitmapOfNode(Object, kw_only=True):
@@ -83,7 +83,7 @@ class BlockDirtyBitmapMerge(Command, kw_only=True):
     bitmaps: list[BitmapSource]
 
 
-class XDebugBlockDirtyBitmapSha256(Command, kw_only=True):
+class XDebugBlockDirtyBitmapSha256(Query, kw_only=True):
     """For debugging: the SHA-256, in hex, of a bitmap's bits, as ``{"sha256": DIGEST}``.
 
     They are hashed as an array of little-endian 64-bit words, the lowest granule first, so the

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from msgspec import field
 
-from blockd.qmp.types.base import Command, Int64, Object
+from blockd.qmp.types.base import Command, Int64, Object, Query
 
 
 class BlockdevDel(Command, kw_only=True):
@@ -109,7 +109,7 @@ class BlockDeviceInfo(Object, kw_only=True):
     dirty_bitmaps: list[BlockDirtyInfo] | None = None
 
 
-class QueryNamedBlockNodes(Command, kw_only=True):
+class QueryNamedBlockNodes(Query, kw_only=True):
     """All nodes, newest first. ``flat``: without the chain of backing files below each."""
 
     command: ClassVar[str] = "query-named-block-nodes"
@@ -127,7 +127,7 @@ class BlockInfo(Object, kw_only=True):
     locked: bool
 
 
-class QueryBlock(Command, kw_only=True):
+class QueryBlock(Query, kw_only=True):
     """The devices of a virtual machine: none, as with the peer, so the answer is ``[]``."""
 
     command: ClassVar[str] = "query-block"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from blockd.qmp.types.base import Command, Object, UInt32
+from blockd.qmp.types.base import Command, Object, Query, UInt32
 
 
 class InetData(Object, kw_only=True):
@@ -120,7 +120,7 @@ class BlockExportInfo(Object, kw_only=True):
     shutting_down: bool
 
 
-class QueryBlockExports(Command, kw_only=True):
+class QueryBlockExports(Query, kw_only=True):
     """All exports, newest first."""
 
     command: ClassVar[str] = "query-block-exports"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from blockd.qmp.types.base import Command, Int64, Object
+from blockd.qmp.types.base import Command, Int64, Object, Query
 
 #: The protocol's kinds, so that a client's own list is the same for both; here are only backups.
 JobType = Literal[
@@ -207,7 +207,7 @@ class JobInfo(Object, kw_only=True):
     error: str | None = None
 
 
-class QueryJobs(Command, kw_only=True):
+class QueryJobs(Query, kw_only=True):
     """All jobs, newest first."""
 
     command: ClassVar[str] = "query-jobs"
@@ -236,7 +236,7 @@ class BlockJobInfo(Object, kw_only=True):
     error: str | None = None
 
 
-class QueryBlockJobs(Command, kw_only=True):
+class QueryBlockJobs(Query, kw_only=True):
     """All jobs, newest first, in the older form."""
 
     command: ClassVar[str] = "query-block-jobs"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from blockd.qmp.types.base import Command, Object
+from blockd.qmp.types.base import Command, Object, Query
 from blockd.qmp.types.introspection import SchemaEntity
 
 
@@ -35,7 +35,7 @@ class VersionInfo(Object, kw_only=True):
     package: str
 
 
-class QueryVersion(Command, kw_only=True):
+class QueryVersion(Query, kw_only=True):
     """The version of QEMU whose protocol this is, and of this daemon (``package``)."""
 
     command: ClassVar[str] = "query-version"
@@ -48,14 +48,14 @@ class CommandInfo(Object, kw_only=True):
     name: str
 
 
-class QueryCommands(Command, kw_only=True):
+class QueryCommands(Query, kw_only=True):
     """The names of all commands."""
 
     command: ClassVar[str] = "query-commands"
     returns: ClassVar[Any] = list[CommandInfo]
 
 
-class QueryQmpSchema(Command, kw_only=True):
+class QueryQmpSchema(Query, kw_only=True):
     """Every command and event with its types, in QEMU's form.
 
     A member that has ``default`` may be left out. An object with ``tag`` has the members of the
