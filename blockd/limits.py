@@ -163,6 +163,10 @@ QMP_RECEIVE_BYTES = 16 * KIB
 QMP_OUTBOX_BYTES = 16 * MIB
 #: How long the daemon's end waits for a client to take its last messages.
 QMP_DRAIN_SECONDS = 2
+#: What the audit's line shows of a command's arguments and of its error. A long path or a node
+#: with all its options fits; the line stays below the 2 KiB that every log takes whole.
+AUDIT_ARGUMENTS_CHARACTERS = 1200
+AUDIT_ERROR_CHARACTERS = 400
 
 # --- the end ---------------------------------------------------------------------------------
 

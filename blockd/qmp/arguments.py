@@ -91,7 +91,7 @@ def _check(kind: inspect.Type, value: Any, name: str) -> None:
             _check_list(item_type, value, name)
         case inspect.LiteralType(values=values):
             _check_choice(values, value, name)
-        case inspect.StrType():
+        case inspect.StrType() | inspect.Metadata(type=inspect.StrType()):
             if not isinstance(value, str):
                 raise _wrong_type(name, "string")
         case inspect.BoolType():

@@ -46,10 +46,11 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error as a client gets it."""
+    """An error as a client gets it; ``bug``: one that should not have been."""
 
     error_class: str
     message: str
+    bug: bool = False
 
 
 #: The class of each kind of refusal; that of any other failure is the first.
@@ -61,14 +62,21 @@ ERROR_CLASSES: dict[type[BlockdError], str] = {
 }
 
 
-def describe(error: Exception) -> Failure:
-    """What a client is told of an error; one that should not have been is logged."""
+def classify(error: Exception) -> Failure:
+    """What a client is told of an error."""
     if isinstance(error, BlockdError):
         return Failure(ERROR_CLASSES.get(type(error), "GenericError"), error.message)
     if isinstance(error, OSError) and error.errno is not None:
         return Failure("GenericError", os.strerror(error.errno))
-    _log.error("a command failed unexpectedly", exc_info=error)
-    return Failure("GenericError", f"Internal error: {error!r}; see the daemon's log")
+    return Failure("GenericError", f"Internal error: {error!r}; see the daemon's log", bug=True)
+
+
+def describe(error: Exception) -> Failure:
+    """As ``classify``; an error that should not have been is logged."""
+    failure = classify(error)
+    if failure.bug:
+        _log.error("a command failed unexpectedly", exc_info=error)
+    return failure
 
 
 class Dispatcher:
@@ -78,10 +86,12 @@ class Dispatcher:
         self._commands = {command.name: command for command in commands}
         self._services = services
 
-    def changes(self, name: str) -> bool:
-        """Whether the command may change something; one that there is not does nothing."""
+    def changing(self, name: str) -> Command | None:
+        """The command of this name, if there is one and it may change something."""
         command = self._commands.get(name)
-        return command is not None and not getattr(command.declaration, "read_only", False)
+        if command is None or getattr(command.declaration, "read_only", False):
+            return None
+        return command
 
     async def execute(self, name: str, sent: dict[str, Any]) -> Any:
         """Carry out a command; whatever it raises is for ``describe``."""

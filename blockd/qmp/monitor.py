@@ -12,7 +12,7 @@ import trio
 from blockd import limits
 from blockd.errors import BlockdError
 from blockd.events import Bus, Event
-from blockd.qmp import arguments, wire
+from blockd.qmp import arguments, audit, wire
 from blockd.qmp.access import Client, Role
 from blockd.qmp.dispatch import Dispatcher, describe
 from blockd.qmp.framing import Broken, Reader
@@ -119,6 +119,12 @@ class Monitor:
             wanted: QmpCapabilities = arguments.parse(QmpCapabilities, request.arguments)
             self._session.negotiate(wanted.enable or [])
             return None
-        if self._client.role is not Role.FULL and self._dispatcher.changes(request.name):
-            raise BlockdError(f"The command {request.name} is not for clients that may only look")
-        return await self._dispatcher.execute(request.name, request.arguments)
+        changing = self._dispatcher.changing(request.name)
+        if changing is None:
+            return await self._dispatcher.execute(request.name, request.arguments)
+        with audit.recorded(self._client, changing, request.arguments):
+            if self._client.role is not Role.FULL:
+                raise BlockdError(
+                    f"The command {request.name} is not for clients that may only look"
+                )
+            return await self._dispatcher.execute(request.name, request.arguments)

@@ -249,6 +249,41 @@ async def test_a_client_that_may_only_look() -> None:
         assert (await guest.next())["event"] == "TICK"
 
 
+async def test_what_changes_something_or_would_is_audited(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with open_stage() as stage:
+        leave = trio.Event()
+        stage.command("x-number", lambda _services, _arguments: None)
+        stage.command("x-query", lambda _services, _arguments: None)
+        stage.command("x-bug", lambda _services, _arguments: dict[str, str]()["bug"])
+        stage.command("x-wait", lambda _services, _arguments: leave.wait(), concurrent=True)
+        client = await stage.negotiated()
+        for text in ("x-number", 'x-number", "arguments": {"number": 5}, "id": "1', "x-query", "x"):
+            await client.ask(b'{"execute": "%s"}' % text.encode())
+        await client.ask(b'{"execute": "x-bug"}')
+        stage.role = Role.READ_ONLY
+        guest = await stage.negotiated()
+        await guest.ask(b'{"execute": "x-number"}')
+        await client.send(b'{"execute": "x-wait"}')
+        await trio.testing.wait_all_tasks_blocked()
+    told = [
+        record.getMessage().removeprefix("audit: uid=1000 pid=4242 client=")
+        for record in caplog.records
+        if record.name == "blockd.qmp.audit"
+    ]
+    refused = "The command x-number is not for clients that may only look"
+    bug = "Internal error: KeyError('bug'); see the daemon's log"
+    assert told == [
+        "1 command=x-number arguments={} result=GenericError \"Parameter 'number' is missing\"",
+        '1 command=x-number arguments={"number":5} result=ok',
+        f'1 command=x-bug arguments={{}} result=GenericError "{bug}"',
+        f'2 command=x-number arguments={{}} result=GenericError "{refused}"',
+        "1 command=x-wait arguments={} result=interrupted",
+    ]
+
+
 # -- mistakes ------------------------------------------------------------------------------------
 
 

@@ -40,3 +40,6 @@ class Query(Command, kw_only=True):
 #: Integers as wide as the peer's; ``c_type`` says how wide, and how it names an unsigned one.
 Int64 = Annotated[int, Meta(extra={"c_type": "int64"})]
 UInt32 = Annotated[int, Meta(extra={"c_type": "uint32_t"})]
+
+#: Text that no log may show.
+Secret = Annotated[str, Meta(extra={"secret": True})]
