@@ -120,6 +120,9 @@ CANCEL_REPLY_SECONDS = 1
 
 #: The least unit in which a backup copies (specification, section 4).
 BACKUP_CLUSTER_BYTES = 64 * KIB
+#: The most that a user may ask for. One cluster is read at once, and compared with zeroes on the
+#: loop (8 ms for so much); each worker has memory for one.
+BACKUP_CLUSTER_MAX_BYTES = 16 * MIB
 #: Old data that one backup keeps in memory on its way to the target, so that guest writes need
 #: not wait for the target; enough for half a second of a target's hiccup at 128 MiB/s.
 HELD_BYTES_LIMIT = 64 * MIB
@@ -128,8 +131,8 @@ HELD_WRITERS = 8
 #: How long one guest write may wait for room for the old data, that is, for a target which takes
 #: nothing. After that the backup is given up and the guest goes on.
 GUEST_WAIT_FOR_COPY_SECONDS = 10
-#: Clusters whose old data may be read inline before one guest write: some 10 µs each.
-INLINE_SAVE_CLUSTERS = 4
+#: Old data that may be read inline before one guest write: some 10 µs for each 64 KiB.
+INLINE_SAVE_BYTES = 256 * KIB
 #: A guest write over at least so many clusters is first asked what in them is a hole.
 HOLE_SEARCH_CLUSTERS = 16
 #: Tasks that copy in the background, and how much each takes at once.

@@ -1,15 +1,26 @@
 """Backups of a live node: what to copy, the view of the instant, the copying, and the end."""
 
-from blockd.backup.backup_job import BackupJob, plan_backup
+from blockd.backup.backup_job import BackupJob
+from blockd.backup.checks import plan_backup
 from blockd.backup.copier import OnErrors
-from blockd.backup.plan import BackupPlan, BackupRequest, BitmapMode, Sync, choose_bitmap
+from blockd.backup.filter_node import FilterDriver
+from blockd.backup.plan import (
+    BackupPlan,
+    BackupRequest,
+    BitmapMode,
+    Performance,
+    Sync,
+    choose_bitmap,
+)
 
 __all__ = [
     "BackupJob",
     "BackupPlan",
     "BackupRequest",
     "BitmapMode",
+    "FilterDriver",
     "OnErrors",
+    "Performance",
     "Sync",
     "choose_bitmap",
     "plan_backup",

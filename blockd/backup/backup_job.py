@@ -9,34 +9,18 @@ from blockd.backup.clusters import Clusters
 from blockd.backup.copier import Copier, OnErrors
 from blockd.backup.frozen_bitmap import FrozenBitmap
 from blockd.backup.incomplete import BitmapNeed, IncompleteMark
-from blockd.backup.plan import BackupPlan, BackupRequest, Sync, copy_cluster_bytes, resolve
+from blockd.backup.plan import BackupPlan, Sync
 from blockd.bitmap import Bits
-from blockd.block import Claim, Node, Role
-from blockd.errors import BlockdError
+from blockd.block import Node
 from blockd.job import Job
 
-log = logging.getLogger(__name__)
-
-
-def plan_backup(request: BackupRequest, source: Node, target: Node) -> BackupPlan:
-    """The plan for a request, or the ``BlockdError`` with which it is refused (section 4)."""
-    storage = source.driver.identity
-    if source is not target and storage is not None and storage == target.driver.identity:
-        raise BlockdError("Source and target cannot be the same: both stand on one file")
-    return resolve(
-        request, source, target, source_blocker=_blocker(source), target_blocker=_blocker(target)
-    )
-
-
-def _blocker(node: Node) -> str | None:
-    is_target = node.users.of(Role.TARGET)
-    return "block device is in use by block job: backup" if is_target else None
+_log = logging.getLogger(__name__)
 
 
 class BackupJob(Job):
     """Copies what ``source`` holds at the job's start to ``target``, while guests write on.
 
-    From its making the job holds both nodes; ``close`` lets go of them.
+    Whoever makes it holds both nodes for it; ``close`` calls ``release``.
     """
 
     def __init__(
@@ -57,8 +41,7 @@ class BackupJob(Job):
         """``plan`` is for these nodes. ``target_path`` is the target's, if it is a regular file.
 
         ``empty_target`` is awaited before the first byte is copied, once the mark is there.
-        ``release`` is awaited at the very end, for a target that was opened for this job.
-        Raises ``BlockdError`` where another user of a node forbids this one.
+        ``release`` is awaited at the very end: it lets go of the nodes.
         """
         super().__init__(
             job_id, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss
@@ -77,7 +60,6 @@ class BackupJob(Job):
         self._unsaved: Bits | None = None
         #: The bitmap was unfrozen with everything in it that is missing on the target.
         self._bitmap_knows_all = False
-        self._claims = self._hold_nodes()
 
     def _make_mark(self, target_path: str) -> IncompleteMark:
         used = self._plan.used
@@ -89,16 +71,6 @@ class BackupJob(Job):
             need=need,
             emptied=self._empty_target is not None,
         )
-
-    def _hold_nodes(self) -> list[tuple[Node, Claim]]:
-        user = f"block job '{self.id}'"
-        source = self._source.users.claim(user, Role.SOURCE, writes=False)
-        try:
-            target = self._target.users.claim(user, Role.TARGET, writes=True)
-        except BaseException:
-            self._source.users.release(source)
-            raise
-        return [(self._source, source), (self._target, target)]
 
     # -- the start ---------------------------------------------------------------------------
 
@@ -113,7 +85,7 @@ class BackupJob(Job):
         try:
             self._clusters = Clusters(
                 self._source.size_bytes,
-                copy_cluster_bytes(self._target.driver.cluster_size_bytes),
+                self._plan.cluster_bytes,
                 None if frozen is None else frozen.wanted,
             )
             self._copier = Copier(
@@ -122,7 +94,7 @@ class BackupJob(Job):
                 self._target,
                 self._clusters,
                 self._on_errors,
-                background=self._plan.sync is not Sync.NONE,
+                plan=self._plan,
             )
         except BaseException:
             if frozen is not None:
@@ -150,7 +122,7 @@ class BackupJob(Job):
         self._unsaved = await self._list_unsaved()
         if self._clusters.skipped:
             nbytes = self._clusters.skipped << self._clusters.shift
-            log.warning("job '%s' went without %d bytes that it could not copy", self.id, nbytes)
+            _log.warning("job '%s' went without %d bytes that it could not copy", self.id, nbytes)
         elif self._mark is not None:
             await self._mark.satisfy()
 
@@ -196,7 +168,7 @@ class BackupJob(Job):
         try:
             await self._target.flush()
         except OSError as error:
-            log.warning("job '%s': nothing of it is durable, flush failed: %s", self.id, error)
+            _log.warning("job '%s': nothing of it is durable, flush failed: %s", self.id, error)
             return None
         return await self._list_unsaved()
 
@@ -205,7 +177,5 @@ class BackupJob(Job):
             if self._mark is not None and self._bitmap_knows_all:
                 await self._mark.leave_to_bitmap()
         finally:
-            for node, claim in self._claims:
-                node.users.release(claim)
             if self._release is not None:
                 await self._release()

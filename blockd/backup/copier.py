@@ -16,13 +16,14 @@ from blockd import limits
 from blockd.backup.clusters import Claim, Clusters
 from blockd.backup.feeder import Feeder, Piece
 from blockd.backup.held import HeldStore, OldData
+from blockd.backup.plan import BackupPlan, Sync
 from blockd.backup.point_in_time import PointInTime
 from blockd.backup.source_map import SourceMap
 from blockd.backup.sweep import Sweep, Swept
 from blockd.block import Descriptor, Node
 from blockd.job import ErrorAction, IoStatus, Job, OnError, action_on_error
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +50,28 @@ class Copier:
         clusters: Clusters,
         on_errors: OnErrors,
         *,
-        background: bool,
+        plan: BackupPlan,
     ) -> None:
-        """``background`` false: nothing is copied but what guests are about to overwrite."""
         self._job = job
         self._source = source
         self._target = target
         self._clusters = clusters
         self._on_errors = on_errors
-        self._background = background
+        self._background = plan.sync is not Sync.NONE
+        self._workers = min(plan.max_workers, limits.BACKUP_WORKERS)
+        #: Clusters that one copy of the background has at the most.
+        self._max_chunk = (
+            clusters.count
+            if plan.max_chunk_bytes is None
+            else plan.max_chunk_bytes >> clusters.shift
+        )
         self._held = HeldStore(clusters.cluster_bytes)
         self._feeder = Feeder(clusters, SourceMap(source, clusters.cluster_bytes))
         #: The hook to put into the source at the instant of the start.
         self.hook = PointInTime(source, clusters, self._held, self._ignore_guest_read_error)
         self._writes_seen = 0
         self._guests_idle_from = 0.0
-        self._step = max(1, limits.BACKUP_STEP_BYTES >> clusters.shift)
+        self._step = self._at_most(limits.BACKUP_STEP_BYTES)
         #: A sweep met an error of the source.
         self._read_failed = False
 
@@ -77,7 +84,7 @@ class Copier:
                     nursery.start_soon(self._write_held)
                 if self._background:
                     await self._count()
-                    for _ in range(limits.BACKUP_WORKERS):
+                    for _ in range(self._workers):
                         nursery.start_soon(self._copy_pending)
                 await self._clusters.finished.wait()
                 nursery.cancel_scope.cancel()
@@ -129,7 +136,7 @@ class Copier:
     async def _next_data(self, buffer: memoryview) -> Sequence[OldData]:
         """Take a piece and read it; nothing where others took it, or where it can't be read."""
         limit = self._chunk_clusters()
-        piece = self._feeder.take(limit, limit if self._job.speed else self._clusters.count)
+        piece = self._feeder.take(limit, limit if self._job.speed else self._max_chunk)
         if piece is None:
             return ()
         self._job.charge(self._clusters.length(piece.first, piece.end))
@@ -151,7 +158,7 @@ class Copier:
     ) -> deque[OldData]:
         """Let a thread copy a long piece; returns what it read and could not write."""
         clusters = self._clusters
-        piece = self._feeder.take(self._sweep_clusters(), clusters.count)
+        piece = self._feeder.take(self._sweep_clusters(), self._max_chunk)
         if piece is None:
             return deque()
         if piece.zero:
@@ -207,8 +214,11 @@ class Copier:
 
     def _chunk_clusters(self) -> int:
         busy = self._guests_busy()
-        size_bytes = limits.BACKUP_CHUNK_BUSY_BYTES if busy else limits.BACKUP_CHUNK_BYTES
-        return max(1, size_bytes >> self._clusters.shift)
+        return self._at_most(limits.BACKUP_CHUNK_BUSY_BYTES if busy else limits.BACKUP_CHUNK_BYTES)
+
+    def _at_most(self, size_bytes: int) -> int:
+        """The clusters of one copy for which so many bytes would do."""
+        return max(1, min(size_bytes >> self._clusters.shift, self._max_chunk))
 
     def _guests_busy(self) -> bool:
         now = trio.current_time()
@@ -286,7 +296,7 @@ class Copier:
             try:
                 await self._store(held.data)
             except OSError as error:
-                log.warning("job '%s': kept data is lost, writing failed: %s", self._job.id, error)
+                _log.warning("job '%s': kept data is lost, writing failed: %s", self._job.id, error)
                 return
             self._saved(held.data)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
 
 from blockd import limits
 from blockd.bitmap import Bits, DirtyBitmap, Freeze, NodeBitmaps
 from blockd.errors import BlockdError
+
+#: The peer counts them with 32 bits.
+MAX_WORKERS = (1 << 31) - 1
 
 
 class Sync(StrEnum):
@@ -37,12 +39,61 @@ class BitmapMode(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Performance:
+    """How the user bounds the copying. What a guest is about to overwrite is copied at once.
+
+    ``max_workers``: how many copies the background has in flight. ``max_chunk_bytes``: how large
+    each of them is at the most, 0 for no bound. ``min_cluster_bytes``: what the unit of all
+    copying is at the least, a power of two; 0 asks for nothing.
+    """
+
+    max_workers: int = limits.BACKUP_WORKERS
+    max_chunk_bytes: int = 0
+    min_cluster_bytes: int = 0
+
+    def check_bounds(self) -> None:
+        """Raise ``BlockdError`` for what makes no sense for any target."""
+        if not 1 <= self.max_workers <= MAX_WORKERS:
+            raise BlockdError(f"max-workers must be between 1 and {MAX_WORKERS}")
+        if self.max_chunk_bytes < 0:
+            raise BlockdError("max-chunk must be zero (which means no limit) or positive")
+
+    def check_cluster_fits(self) -> None:
+        """Raise ``BlockdError`` where a cluster would take too much memory."""
+        # The peer takes more, tries to hold it in memory, and dies.
+        if not self.min_cluster_bytes <= limits.BACKUP_CLUSTER_MAX_BYTES:
+            raise BlockdError(
+                f"min-cluster-size too large: {self.min_cluster_bytes} > "
+                f"{limits.BACKUP_CLUSTER_MAX_BYTES}"
+            )
+
+    def cluster_bytes(self, target_cluster_bytes: int | None) -> int:
+        """The unit of copying to a target with such clusters. Raises ``BlockdError``."""
+        if self.min_cluster_bytes & (self.min_cluster_bytes - 1):
+            raise BlockdError(
+                "Could not create node: Cannot create block-copy-state: "
+                "min-cluster-size needs to be a power of 2"
+            )
+        cluster_bytes = max(
+            limits.BACKUP_CLUSTER_BYTES, target_cluster_bytes or 0, self.min_cluster_bytes
+        )
+        if 0 < self.max_chunk_bytes < cluster_bytes:
+            raise BlockdError(
+                f"Required max-chunk ({self.max_chunk_bytes}) is less than "
+                f"backup cluster size ({cluster_bytes})"
+            )
+        return cluster_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class BackupRequest:
-    """What the user asked for; ``bitmap`` is a name."""
+    """What the user asked for; ``bitmap`` is a name. ``compress``: write compressed clusters."""
 
     sync: Sync
     bitmap: str | None = None
     bitmap_mode: BitmapMode | None = None
+    compress: bool = False
+    performance: Performance = field(default_factory=Performance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,52 +106,21 @@ class UsedBitmap:
 
 @dataclass(frozen=True, slots=True)
 class BackupPlan:
-    """A request that makes sense. Without ``used`` the backup touches no bitmap."""
+    """A request that makes sense. Without ``used`` the backup touches no bitmap.
+
+    ``cluster_bytes``: the unit of copying. ``max_chunk_bytes``: the most that the background copies
+    at once, whole clusters; None for no bound.
+    """
 
     sync: Sync
     used: UsedBitmap | None
-
-
-class Disk(Protocol):
-    """What the checks ask of a node."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def size_bytes(self) -> int: ...
-    @property
-    def read_only(self) -> bool: ...
-    @property
-    def bitmaps(self) -> NodeBitmaps: ...
-
-
-def resolve(
-    request: BackupRequest,
-    source: Disk,
-    target: Disk,
-    *,
-    source_blocker: str | None = None,
-    target_blocker: str | None = None,
-) -> BackupPlan:
-    """The plan for a request, or the ``BlockdError`` with which it is refused.
-
-    The checks are those of specification section 4, in its order; both nodes exist. A blocker
-    says who forbids a backup of this node, as in ``block device is in use by block job: backup``.
-    """
-    used = choose_bitmap(request, source.bitmaps)
-    if source is target:
-        raise BlockdError("Source and target cannot be the same")
-    for disk, blocker in ((source, source_blocker), (target, target_blocker)):
-        if blocker is not None:
-            raise BlockdError(f"Node '{disk.name}' is busy: {blocker}")
-    if source.size_bytes != target.size_bytes:
-        raise BlockdError("Source and target image have different sizes")
-    if target.read_only:
-        raise BlockdError("Could not create node: Block node is read-only")
-    return BackupPlan(request.sync, used)
+    cluster_bytes: int
+    max_workers: int
+    max_chunk_bytes: int | None
 
 
 def choose_bitmap(request: BackupRequest, bitmaps: NodeBitmaps) -> UsedBitmap | None:
+    """The bitmap to be used, of those of the source; None: none. Raises ``BlockdError``."""
     sync, mode = request.sync, request.bitmap_mode
     if sync.by_bitmap and request.bitmap is None:
         raise BlockdError(f"must provide a valid bitmap name for '{sync}' sync mode")
@@ -134,11 +154,6 @@ def _find_bitmap(name: str, bitmaps: NodeBitmaps) -> DirtyBitmap:
     except BlockdError:
         # The bitmap commands say this in other words.
         raise BlockdError(f"Bitmap '{name}' could not be found") from None
-
-
-def copy_cluster_bytes(target_cluster_bytes: int | None) -> int:
-    """The unit in which a backup copies, for a target with such clusters."""
-    return max(limits.BACKUP_CLUSTER_BYTES, target_cluster_bytes or 0)
 
 
 def conclude_bitmap(freeze: Freeze, mode: BitmapMode, *, succeeded: bool, rest: Bits) -> None:

@@ -36,6 +36,7 @@ class PointInTime:
         self._held = held
         self._ignore_read_error = ignore_read_error
         self._shift = clusters.shift
+        self._inline_clusters = limits.INLINE_SAVE_BYTES >> clusters.shift
         self._settled = clusters.settled
         #: Nothing is kept any more: the backup has ended, or is broken.
         self.abandoned = False
@@ -80,7 +81,7 @@ class PointInTime:
 
     def _save_nowait(self, first: int, end: int) -> bool:
         """Make the clusters safe at once, or say that it can't be done so."""
-        if end - first > limits.INLINE_SAVE_CLUSTERS:
+        if end - first > self._inline_clusters:
             return self._settled.contains_range(first, end)
         return all(self._save_one_nowait(cluster) for cluster in range(first, end))
 

@@ -15,6 +15,7 @@ from msgspec import inspect
 
 from blockd.errors import BlockdError
 
+#: Of the unsigned ones with fewer bits than 64.
 _UNSIGNED_END = {"uint32_t": 1 << 32}
 
 
@@ -128,10 +129,12 @@ def _check_integer(value: Any, name: str, c_type: str) -> None:
         if not (is_integer and -(1 << 63) <= value < 1 << 63):
             raise _wrong_type(name, "integer")
         return
-    # The peer reads every unsigned one with 64 bits first, in which -1 is a large number.
-    if not (is_integer and -(1 << 63) <= value < 1 << 64):
+    # The peer reads every unsigned one with 64 bits first, in which -1 is a large number; of one
+    # that has them all, that number is of no use to anybody.
+    least = 0 if c_type == "uint64" else -(1 << 63)
+    if not (is_integer and least <= value < 1 << 64):
         raise BlockdError(f"Parameter '{name}' expects uint64")
-    if not 0 <= value < _UNSIGNED_END[c_type]:
+    if c_type in _UNSIGNED_END and not 0 <= value < _UNSIGNED_END[c_type]:
         raise BlockdError(f"Parameter '{_short(name)}' expects {c_type}")
 
 

@@ -427,18 +427,3 @@ async def test_a_bitmap_in_use_refuses_the_job_at_its_start(
         pin.release()
         assert not rig.source.hooked
         assert not rig.source.users
-        assert not rig.target.users
-
-
-async def test_a_target_serves_one_backup_at_a_time(
-    source: MemoryDriver, target: MemoryDriver
-) -> None:
-    async with open_rig(source, target) as rig:
-        job = rig.job(Sync.FULL, speed=1)
-        await rig.start(job)
-        busy = "Node 'target' is busy: block device is in use by block job: backup"
-        with pytest.raises(BlockdError, match=busy):
-            rig.job(Sync.FULL)
-        await job.cancel()
-        await rig.finish(job)
-        assert rig.job(Sync.FULL) is not None

@@ -10,9 +10,17 @@ import pytest
 import trio
 
 from blockd import limits
-from blockd.backup import BackupJob, BackupRequest, BitmapMode, OnErrors, Sync, plan_backup
+from blockd.backup import (
+    BackupJob,
+    BackupRequest,
+    BitmapMode,
+    OnErrors,
+    Performance,
+    Sync,
+    plan_backup,
+)
 from blockd.bitmap import DirtyBitmap
-from blockd.block import Node
+from blockd.block import Node, Role
 from blockd.events import Bus, Event
 from blockd.job import Jobs, Status
 from tests.helpers.memory_driver import MemoryDriver
@@ -34,7 +42,7 @@ def use_small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "BACKUP_MAP_BYTES", 8 * CLUSTER)
     monkeypatch.setattr(limits, "HELD_BYTES_LIMIT", 4 * CLUSTER)
     monkeypatch.setattr(limits, "HOLE_SEARCH_CLUSTERS", 3)
-    monkeypatch.setattr(limits, "INLINE_SAVE_CLUSTERS", 2)
+    monkeypatch.setattr(limits, "INLINE_SAVE_BYTES", 2 * CLUSTER)
 
 
 def pattern(clusters: int, tail_bytes: int = 0) -> bytes:
@@ -66,16 +74,25 @@ class Rig:
         mode: BitmapMode | None = None,
         *,
         on_errors: OnErrors | None = None,
+        performance: Performance | None = None,
         **others: Any,
     ) -> BackupJob:
-        plan = plan_backup(BackupRequest(sync, bitmap, mode), self.source, self.target)
+        performance = performance or Performance()
+        request = BackupRequest(sync, bitmap, mode, performance=performance)
+        plan = plan_backup(request, self.source, self.target)
         on_errors = on_errors or OnErrors()
+        claim = self.source.users.claim("block job 'j'", Role.SOURCE, writes=False)
+
+        async def release() -> None:
+            self.source.users.release(claim)
+
         return BackupJob(
             "j",
             plan,
             self.source,
             self.target,
             on_errors=on_errors,
+            release=release,
             auto_dismiss=False,
             **others,
         )
@@ -94,7 +111,6 @@ class Rig:
         job.dismiss()
         assert not self.source.hooked
         assert not self.source.users
-        assert not self.target.users
         assert not any(bitmap.busy for bitmap in self.source.bitmaps.list())
         return error
 

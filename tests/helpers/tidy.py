@@ -38,13 +38,18 @@ def tidy(message: Message, directory: Path) -> Message:
 
 def _tidy_value(value: Any) -> Any:
     if isinstance(value, list):
-        return [_tidy_value(item) for item in value if not _is_filter(item)]
+        return [_tidy_value(item) for item in value if not _is_unnamed_filter(item)]
     if not isinstance(value, dict):
         return value
     tidied = {key: _tidy_value(item) for key, item in value.items()}
     for part, whole in PROGRESS:
         if part in tidied and tidied[part] != tidied[whole]:
             tidied[part] = "partial"
+    if _is_filter(tidied):
+        # How far the copying has got, and what the peer's filter stands on besides.
+        del tidied["backing_file_depth"]
+        tidied.pop("dirty-bitmaps", None)
+        tidied["image"].pop("backing-image", None)
     if "actual-size" in tidied:
         tidied["actual-size"] = "some"
     if tidied.get("status") == "running":
@@ -56,8 +61,13 @@ def _tidy_value(value: Any) -> Any:
 
 
 def _is_filter(value: Any) -> bool:
-    """The peer lists a node of its own making over the source of each backup; we have none."""
+    """Whether this is the node that keeps the old data of a backup's source."""
     return isinstance(value, dict) and value.get("drv") == "copy-before-write"
+
+
+def _is_unnamed_filter(value: Any) -> bool:
+    """The peer lists such a node for each backup, ours only where it was given a name."""
+    return _is_filter(value) and value["node-name"].startswith("#block")
 
 
 def statuses(items: list[Message], job: str) -> list[str]:

@@ -12,7 +12,16 @@ from tests.helpers.peer import Peer
 from tests.helpers.scenario import Differs, Scenario, Step, do
 from tests.helpers.tidy import Message
 from tests.helpers.tools import require_tool
-from tests.interop.scenarios import backups, bitmaps, exports, jobs, meta, nodes, resize
+from tests.interop.scenarios import (
+    backup_options,
+    backups,
+    bitmaps,
+    exports,
+    jobs,
+    meta,
+    nodes,
+    resize,
+)
 
 SCENARIOS = [
     *nodes.SCENARIOS,
@@ -20,6 +29,7 @@ SCENARIOS = [
     *exports.SCENARIOS,
     *bitmaps.SCENARIOS,
     *backups.SCENARIOS,
+    *backup_options.SCENARIOS,
     *jobs.SCENARIOS,
     *meta.SCENARIOS,
 ]

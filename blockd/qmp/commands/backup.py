@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import trio
 
 from blockd.backup import (
     BackupJob,
+    BackupPlan,
     BackupRequest,
     BitmapMode,
+    FilterDriver,
     OnErrors,
+    Performance,
     Sync,
     choose_bitmap,
     plan_backup,
@@ -34,7 +39,7 @@ from blockd.block import (
 from blockd.errors import BlockdError
 from blockd.job import OnError, check_speed
 from blockd.qmp.services import Services
-from blockd.qmp.types.backup import Backup, BlockdevBackup, DriveBackup
+from blockd.qmp.types.backup import Backup, BackupPerf, BlockdevBackup, DriveBackup
 
 _PROTOCOL = re.compile(r"([A-Za-z0-9+.-]+):")
 
@@ -78,17 +83,16 @@ async def drive_backup(services: Services, arguments: DriveBackup) -> None:
 
 
 async def _start(services: Services, arguments: Backup, source: Node, target: _Target) -> None:
-    holds: list[Hold] = []
-
-    async def release() -> None:
-        for hold in holds:
-            hold.release()
-        await target.release()
-
+    graph = services.graph
+    undo = AsyncExitStack()
+    undo.push_async_callback(target.release)
     try:
-        plan = plan_backup(_request(arguments), source, target.node)
+        plan = _plan(graph, arguments, source, target.node)
         services.jobs.check_id(arguments.job_id)
-        holds += _hold(services.graph, source, target.node, arguments.job_id)
+        for hold in _hold(graph, source, target.node, arguments.job_id):
+            undo.callback(hold.release)
+        if arguments.filter_node_name is not None:
+            undo.push_async_callback(_add_filter(graph, arguments, source))
         on_errors = OnErrors(OnError(arguments.on_source_error), OnError(arguments.on_target_error))
         job = BackupJob(
             arguments.job_id,
@@ -98,23 +102,46 @@ async def _start(services: Services, arguments: Backup, source: Node, target: _T
             on_errors=on_errors,
             empty_target=target.empty,
             target_path=target.node.path,
-            release=release,
+            release=undo.aclose,
             speed=arguments.speed,
             auto_finalize=arguments.auto_finalize,
             auto_dismiss=arguments.auto_dismiss,
         )
     except BaseException:
         with trio.CancelScope(shield=True):
-            await release()
+            await undo.aclose()
         raise
     await services.jobs.start(job)
 
 
+def _plan(graph: Graph, arguments: Backup, source: Node, target: Node) -> BackupPlan:
+    name = arguments.filter_node_name
+    check = None if name is None else partial(graph.check_name, name)
+    return plan_backup(_request(arguments), source, target, check_filter_name=check)
+
+
 def _request(arguments: Backup) -> BackupRequest:
-    mode = arguments.bitmap_mode
+    mode, perf = arguments.bitmap_mode, arguments.x_perf or BackupPerf()
     return BackupRequest(
-        Sync(arguments.sync), arguments.bitmap, None if mode is None else BitmapMode(mode)
+        Sync(arguments.sync),
+        arguments.bitmap,
+        None if mode is None else BitmapMode(mode),
+        arguments.compress,
+        Performance(perf.max_workers, perf.max_chunk, perf.min_cluster_size),
     )
+
+
+def _add_filter(graph: Graph, arguments: Backup, source: Node) -> Callable[[], Awaitable[None]]:
+    """Put the node that the user named over the source; returns what takes it out again."""
+    node = graph.add(arguments.filter_node_name, FilterDriver(source), owned=False, hidden=True)
+    user = f"block job '{arguments.job_id}'"
+    hold = graph.hold(node, user, Role.TARGET, writes=False)
+
+    async def remove() -> None:
+        hold.release()
+        await graph.remove(node)
+
+    return remove
 
 
 def _hold(graph: Graph, source: Node, target: Node, job_id: str) -> list[Hold]:

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from blockd.qmp.types.base import Command, Int64
+from blockd.qmp.types.base import Command, Int64, Object, UInt64
 
 OnErrorName = Literal["report", "ignore", "enospc", "stop", "auto"]
+
+
+class BackupPerf(Object, kw_only=True):
+    """How a backup copies in the background.
+
+    ``max-workers``: copies at once, at the most; more than 4 are never made. ``max-chunk``: bytes
+    of one copy at the most, rounded up to whole clusters; 0 for no bound. ``min-cluster-size``:
+    bytes that are copied together at the least, also before a guest overwrites any of them: a power
+    of two, at most 16 MiB; below 64 KiB and the target's cluster size it has no effect.
+    ``use-copy-range``: a hint, which changes nothing here.
+    """
+
+    use_copy_range: bool = False
+    max_workers: Int64 = 64
+    max_chunk: Int64 = 0
+    min_cluster_size: UInt64 = 0
 
 
 class Backup(Command, kw_only=True):
@@ -21,7 +37,9 @@ class Backup(Command, kw_only=True):
     ``always`` (what was copied before a failure too), ``never``. ``speed``: bytes per second, 0
     for no limit. ``on-source-error``, ``on-target-error``: fail (``report``), go on without the
     block, which stays dirty (``ignore``), pause (``stop``), or pause only where the target is
-    full (``enospc``, ``auto``). ``auto-finalize`` false: a successful job waits for
+    full (``enospc``, ``auto``). ``compress``: refused, no target here can. ``filter-node-name``:
+    the name under which the queries list what keeps old data while the job runs; no command takes
+    it as a node. ``auto-finalize`` false: a successful job waits for
     ``job-finalize``. ``auto-dismiss`` false: an ended job is listed until ``job-dismiss``.
     """
 
@@ -33,10 +51,13 @@ class Backup(Command, kw_only=True):
     speed: Int64 = 0
     bitmap: str | None = None
     bitmap_mode: Literal["on-success", "always", "never"] | None = None
+    compress: bool = False
     on_source_error: OnErrorName = "report"
     on_target_error: OnErrorName = "report"
     auto_finalize: bool = True
     auto_dismiss: bool = True
+    filter_node_name: str | None = None
+    x_perf: BackupPerf | None = None
 
 
 class DriveBackup(Backup, kw_only=True):

@@ -40,6 +40,7 @@ class Query(Command, kw_only=True):
 #: Integers as wide as the peer's; ``c_type`` says how wide, and how it names an unsigned one.
 Int64 = Annotated[int, Meta(extra={"c_type": "int64"})]
 UInt32 = Annotated[int, Meta(extra={"c_type": "uint32_t"})]
+UInt64 = Annotated[int, Meta(extra={"c_type": "uint64"})]
 
 #: Text that no log may show.
 Secret = Annotated[str, Meta(extra={"secret": True})]
