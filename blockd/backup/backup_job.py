@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 
+import trio
+
 from blockd.backup.clusters import Clusters
 from blockd.backup.copier import Copier, OnErrors
 from blockd.backup.frozen_bitmap import FrozenBitmap
 from blockd.backup.incomplete import BitmapNeed, IncompleteMark
 from blockd.backup.plan import BackupPlan, Sync
+from blockd.backup.target_file import TargetFile
 from blockd.bitmap import Bits
 from blockd.block import Node
-from blockd.job import Job
+from blockd.job import Job, JobError
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +55,13 @@ class BackupJob(Job):
         self._on_errors = on_errors
         self._empty_target = empty_target
         self._release = release
-        self._mark = None if target_path is None else self._make_mark(target_path)
+        self._mark: IncompleteMark | None = None
+        self._target_file: TargetFile | None = None
+        if target_path is not None:
+            self._mark = self._make_mark(target_path)
+            self._target_file = TargetFile(target_path, target.driver.identity)
+        #: Something may have been done to the target.
+        self._touched = False
         self._frozen: FrozenBitmap | None = None
         self._clusters: Clusters
         self._copier: Copier
@@ -108,6 +117,8 @@ class BackupJob(Job):
         try:
             if self._mark is not None:
                 await self._mark.put()
+            await trio.lowlevel.checkpoint_if_cancelled()
+            self._touched = True
             if self._empty_target is not None:
                 await self._empty_target()
             await self._copier.run()
@@ -118,13 +129,19 @@ class BackupJob(Job):
 
     async def prepare(self) -> None:
         """Make the target durable, and say so."""
-        await self._target.flush()
+        await self._secure()
         self._unsaved = await self._list_unsaved()
         if self._clusters.skipped:
             nbytes = self._clusters.skipped << self._clusters.shift
             _log.warning("job '%s' went without %d bytes that it could not copy", self.id, nbytes)
         elif self._mark is not None:
             await self._mark.satisfy()
+
+    async def _secure(self) -> None:
+        """Return once all that was copied is durable in the target file, where all can find it."""
+        await self._target.flush()
+        if self._target_file is not None:
+            await trio.to_thread.run_sync(self._target_file.check, self._target.size_bytes)
 
     async def commit(self) -> None:
         async with self._source.quiesced():
@@ -166,15 +183,17 @@ class BackupJob(Job):
         if self._frozen is None or not self._frozen.forgets_after_failure:
             return None
         try:
-            await self._target.flush()
-        except OSError as error:
-            _log.warning("job '%s': nothing of it is durable, flush failed: %s", self.id, error)
+            await self._secure()
+        except (OSError, JobError) as error:
+            _log.warning("job '%s': nothing of it is of use: %s", self.id, error)
             return None
         return await self._list_unsaved()
 
     async def close(self) -> None:
         try:
-            if self._mark is not None and self._bitmap_knows_all:
+            if self._mark is not None and not self._touched:
+                await self._mark.withdraw()
+            elif self._mark is not None and self._bitmap_knows_all:
                 await self._mark.leave_to_bitmap()
         finally:
             if self._release is not None:

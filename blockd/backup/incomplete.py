@@ -21,7 +21,7 @@ import trio
 
 from blockd.bitmap import DirtyBitmap
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 SUFFIX = ".blockd-incomplete"
 
@@ -98,18 +98,26 @@ class IncompleteMark:
         self._full = full or need is None
         self._need = need
         self._emptied = emptied
+        #: What the mark says now, and what it said before this backup; None: it was not put.
         self._needs = Needs()
+        self._before: Needs | None = None
 
     async def put(self) -> None:
         """Before anything is copied: say that the target is incomplete.
 
         What an earlier backup left to be done stays in the mark, unless this one does it all.
         """
+        before = await trio.to_thread.run_sync(self._read)
+        self._before = before
         if self._full or self._emptied or self._need is None:
             await self._change(FULL)
         else:
-            left = await trio.to_thread.run_sync(self._read)
-            await self._change(left.plus(self._need))
+            await self._change(before.plus(self._need))
+
+    async def withdraw(self) -> None:
+        """Nothing was done to the target after all: it is what it was before ``put``."""
+        if self._before is not None:
+            await self._change(self._before)
 
     async def satisfy(self) -> None:
         """After everything is durable: this backup has done its part."""
@@ -118,7 +126,7 @@ class IncompleteMark:
         else:
             await self._change(self._needs.minus(self._need))
         if self._needs:
-            log.warning("'%s' stays: the target still needs %s", self.path, self._needs)
+            _log.warning("'%s' stays: the target still needs %s", self.path, self._needs)
 
     async def leave_to_bitmap(self) -> None:
         """The backup's bitmap knows all that is missing, so no other full backup is needed."""
@@ -135,8 +143,8 @@ class IncompleteMark:
                 return _parse(json.load(file))
         except FileNotFoundError:
             return Needs()
-        except (ValueError, TypeError, KeyError):
-            log.warning("'%s' can't be understood, so only a full backup completes it", self.path)
+        except (PermissionError, ValueError, TypeError, KeyError):
+            _log.warning("'%s' can't be understood, so only a full backup completes it", self.path)
             return FULL
 
     def _write(self, needs: Needs) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from blockd.backup import BitmapMode, OnErrors, Sync
+from blockd.backup.incomplete import IncompleteMark, Needs
 from blockd.job import OnError
 from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern, use_small_limits
 from tests.helpers.memory_driver import MemoryDriver
@@ -185,6 +187,41 @@ async def test_a_job_that_is_cancelled_leaves_the_mark(target: Target) -> None:
         await job.cancel()
         await rig.finish(job)
     assert target.needs() == [FULL]
+
+
+@pytest.mark.parametrize("before", [[], ["b"]])
+async def test_a_job_that_is_cancelled_before_it_copies_leaves_things_as_they_were(
+    target: Target, before: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied = False
+
+    async def empty() -> None:
+        nonlocal emptied
+        await trio.lowlevel.checkpoint()
+        emptied = True
+
+    memory = MemoryDriver(len(OLD))
+    async with open_rig(MemoryDriver(OLD), memory) as rig:
+        rig.add_bitmap("b")
+        if before:
+            await backup(rig, target, Sync.INCREMENTAL, ("b", ON_SUCCESS), ends=BADLY)
+        assert target.needs() == before
+        writes = memory.counts["write"]
+        job = rig.job(Sync.FULL, target_path=str(target.path), empty_target=empty)
+        write_mark = IncompleteMark._write
+
+        def write_and_cancel(mark: IncompleteMark, needs: Needs) -> None:
+            write_mark(mark, needs)
+            if not job.cancelled:
+                assert target.needs() == [FULL]
+                trio.from_thread.run_sync(job.request_cancel)
+
+        monkeypatch.setattr(IncompleteMark, "_write", write_and_cancel)
+        await rig.start(job)
+        assert await rig.finish(job) == "Operation canceled"
+    assert target.needs() == before
+    assert memory.counts["write"] == writes
+    assert not emptied
 
 
 @pytest.mark.parametrize("damaged", ["", "[]", "{}", '{"needs": {}}', '{"needs": {"full": 0}}'])

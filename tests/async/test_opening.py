@@ -214,14 +214,55 @@ async def test_a_target_is_made_of_zeroes(tmp_path: Path, before: bytes | None) 
     path = tmp_path / "target"
     if before is not None:
         path.write_bytes(before)
-    driver, created = create_file(str(path), 2048)
-    assert created is (before is None)
+    driver, made = create_file(str(path), 2048)
+    assert made == (str(path) if before is None else None)
     assert driver.size_bytes == 2048
     assert path.read_bytes() == (before or b"")
     await driver.make_empty()
     assert path.read_bytes() == bytes(2048)
     assert path.stat().st_blocks == 0
     close(driver)
+
+
+@pytest.mark.usefixtures("no_leak")
+def test_a_target_that_was_made_can_be_taken_back(tmp_path: Path) -> None:
+    target = create_file(str(tmp_path / "target"), 2048)
+    target.remove()
+    assert list(tmp_path.iterdir()) == []
+    close(target.driver)
+
+
+@pytest.mark.usefixtures("no_leak")
+def test_a_target_that_was_there_is_not_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "target"
+    path.write_bytes(b"data")
+    target = create_file(str(path), 2048)
+    target.remove()
+    assert path.read_bytes() == b"data"
+    close(target.driver)
+
+
+@pytest.mark.usefixtures("no_leak")
+def test_what_has_taken_a_targets_name_is_not_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "target"
+    target = create_file(str(path), 2048)
+    path.unlink()
+    target.remove()
+    path.write_bytes(b"of somebody else")
+    target.remove()
+    assert path.read_bytes() == b"of somebody else"
+    close(target.driver)
+
+
+@pytest.mark.usefixtures("no_leak")
+def test_a_link_to_nowhere_makes_the_target_where_it_leads(tmp_path: Path) -> None:
+    link, path = tmp_path / "link", tmp_path / "target"
+    link.symlink_to(path)
+    target = create_file(str(link), 2048)
+    assert path.read_bytes() == b""
+    target.remove()
+    assert list(tmp_path.iterdir()) == [link]
+    close(target.driver)
 
 
 TARGETS_REFUSED: dict[str, tuple[Maker, str]] = {

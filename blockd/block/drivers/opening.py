@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from blockd.block.drivers.direct import DirectFileDriver
 from blockd.block.drivers.file import FileDriver
 from blockd.block.drivers.locking import lock_image
 from blockd.errors import BlockdError
+
+_log = logging.getLogger(__name__)
 
 
 def open_file(
@@ -81,10 +84,23 @@ def _check_kind(filename: str, driver: str, mode: int) -> None:
 
 
 class NewFile(NamedTuple):
-    """A file that ``create_file`` opened; ``created``: it was not there before."""
+    """A file opened as a target. ``made``: its path, where it was not there before."""
 
     driver: FileDriver
-    created: bool
+    made: str | None
+
+    def remove(self) -> None:
+        """Delete the file again, where it was made and the path still leads to it. Blocks."""
+        if self.made is None:
+            return
+        try:
+            status = os.lstat(self.made)
+            if (status.st_dev, status.st_ino) == self.driver.identity:
+                os.unlink(self.made)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            _log.warning("'%s' is empty and could not be deleted: %s", self.made, error.strerror)
 
 
 def create_file(filename: str, size_bytes: int) -> NewFile:
@@ -93,12 +109,8 @@ def create_file(filename: str, size_bytes: int) -> NewFile:
     What is there stays as it is until ``FileDriver.make_empty``, so that a command can still be
     refused; but the image lock is taken. Raises ``BlockdError``.
     """
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        try:
-            fd, created = os.open(filename, flags | os.O_CREAT | os.O_EXCL, 0o600), True
-        except FileExistsError:
-            fd, created = os.open(filename, flags | os.O_CREAT, 0o600), False
+        fd, made = _open_or_make(filename)
     except OSError as error:
         raise BlockdError(f"Could not create '{filename}': {error.strerror}") from error
     with _closing_on_error(fd, f"Could not create '{filename}'"):
@@ -107,7 +119,20 @@ def create_file(filename: str, size_bytes: int) -> NewFile:
         lock_image(fd, filename, read_only=False)
         driver = FileDriver(fd, filename=filename, read_only=False, unmap=True, flushes=True)
     driver.size_bytes = size_bytes
-    return NewFile(driver, created)
+    return NewFile(driver, made)
+
+
+def _open_or_make(filename: str) -> tuple[int, str | None]:
+    """A descriptor, and the path of the file where it had to be made."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
+    with suppress(FileNotFoundError):
+        return os.open(filename, flags), None
+    # O_EXCL follows no link, also not one that leads to where the file is to be.
+    path = os.path.realpath(filename)
+    try:
+        return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), path
+    except FileExistsError:
+        return os.open(filename, flags), None
 
 
 #: First bytes of images that are no raw ones.

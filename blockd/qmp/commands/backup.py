@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -188,7 +187,7 @@ def _open_target(arguments: DriveBackup, size_bytes: int) -> NewFile:
         unmap=True,
         flushes=True,
     )
-    return NewFile(driver, created=False)
+    return NewFile(driver, made=None)
 
 
 async def _add_target(graph: Graph, file: NewFile, mode: str) -> _Target:
@@ -199,21 +198,23 @@ async def _add_target(graph: Graph, file: NewFile, mode: str) -> _Target:
         used = True
         await driver.make_empty()
 
-    async def release() -> None:
-        await graph.remove(node)
-        remove_unused()
-
-    def remove_unused() -> None:
+    async def remove_unused() -> None:
         """A refused command leaves nothing behind."""
-        if file.created and not used:
-            os.unlink(driver.filename)
+        if not used:
+            await trio.to_thread.run_sync(file.remove)
+
+    async def release() -> None:
+        try:
+            await graph.remove(node)
+        finally:
+            await remove_unused()
 
     try:
         graph.check_storage(driver)
     except BlockdError:
         with trio.CancelScope(shield=True):
             await driver.close()
-        remove_unused()
+            await remove_unused()
         raise
     below = graph.add(None, driver, owned=False, hidden=True)
     node = graph.add(None, RawDriver(below), owned=False, hidden=True)

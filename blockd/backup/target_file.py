@@ -1,0 +1,36 @@
+"""The file that a backup goes to, which others may delete, replace or cut meanwhile."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from blockd.block import SECTOR_BYTES
+from blockd.job import JobError
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFile:
+    """A regular file: where it was at the backup's start, and what tells it from any other."""
+
+    path: str
+    identity: tuple[int, int] | None
+
+    def check(self, size_bytes: int) -> None:
+        """Raise ``JobError`` unless ``path`` still leads to it and it has its size. Blocks.
+
+        What was written to a file that nobody can find is no backup.
+        """
+        if self.identity is None:
+            return
+        try:
+            status = os.stat(self.path)
+        except OSError as error:
+            raise JobError(f"The target '{self.path}' is gone: {error.strerror}") from error
+        if (status.st_dev, status.st_ino) != self.identity:
+            raise JobError(f"The target '{self.path}' was replaced by another file meanwhile")
+        if -(-status.st_size // SECTOR_BYTES) * SECTOR_BYTES != size_bytes:
+            raise JobError(
+                f"The target '{self.path}' was resized meanwhile: "
+                f"it has {status.st_size} bytes instead of {size_bytes}"
+            )
