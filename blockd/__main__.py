@@ -15,6 +15,8 @@ from blockd import __version__, daemon
 from blockd.errors import BlockdError
 from blockd.qmp import AccessList, Holders
 
+_log = logging.getLogger(__name__)
+
 
 def _unix_path(address: str) -> str:
     kind, _, path = address.partition(":")
@@ -98,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         trio.run(daemon.run, options.qmp, _access_list(options))
     except* BlockdError as refusals:
-        logging.getLogger(__name__).error("%s", refusals.exceptions[0])
+        _log.error("%s", refusals.exceptions[0])
         status = 1
     return status
 

@@ -19,10 +19,6 @@ class BlockdError(Exception):
         return str(self.args[0])
 
 
-class DeviceNotFoundError(BlockdError):
-    """A device or node that a command names does not exist."""
-
-
 class DeviceNotActiveError(BlockdError):
     """A legacy ``block-job-*`` command names a job that does not exist."""
 

@@ -118,7 +118,7 @@ CANCEL_REPLY_SECONDS = 1
 
 # --- backup ----------------------------------------------------------------------------------
 
-#: The least unit in which a backup copies (specification, section 4).
+#: The least unit in which a backup copies for any target.
 BACKUP_CLUSTER_BYTES = 64 * KIB
 #: The most that a user may ask for. One cluster is read at once, and compared with zeroes on the
 #: loop (8 ms for so much); each worker has memory for one.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import trio
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class ServiceManager:
@@ -34,10 +34,6 @@ class ServiceManager:
         """The daemon has begun to end."""
         self._notify("STOPPING=1")
 
-    def status(self, text: str) -> None:
-        """One line for the administrator, shown by ``systemctl status``."""
-        self._notify(f"STATUS={text}")
-
     async def watchdog(self) -> None:
         """Say "alive" twice in each watchdog interval, for ever; return if nobody watches.
 
@@ -54,4 +50,4 @@ class ServiceManager:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
                 sock.sendto(message.encode(), self._address)
         except OSError as error:
-            logger.warning("cannot tell the service manager %s: %s", message, error)
+            _log.warning("cannot tell the service manager %s: %s", message, error)

@@ -31,7 +31,7 @@ from blockd.bitmap import Bits
 _STEP_CLUSTERS = 1 << 16
 
 
-class Claim:
+class ReadClaim:
     """Clusters from ``first`` up to ``end`` whose old data is being read, by one task."""
 
     __slots__ = ("_news", "end", "first", "sweep")
@@ -73,7 +73,7 @@ class Clusters:
         # Changed by the methods below only.
         #: Includes some that are not wanted, where that was found out.
         self.settled = BitMap64()
-        self.reading: dict[int, Claim] = {}
+        self.reading: dict[int, ReadClaim] = {}
         self._unsaved = BitMap64()
         self._given_back: deque[tuple[int, int]] = deque()
         self._concluded = 0
@@ -170,15 +170,15 @@ class Clusters:
 
     # -- moving on ---------------------------------------------------------------------------
 
-    def claim(self, first: int, end: int, sweep: Sweep | None = None) -> Claim:
+    def claim(self, first: int, end: int, sweep: Sweep | None = None) -> ReadClaim:
         """Take a pending run, to read it."""
-        claim = Claim(first, end, sweep)
+        claim = ReadClaim(first, end, sweep)
         for cluster in range(first, end):
             assert cluster not in self.reading
             self.reading[cluster] = claim
         return claim
 
-    def settle(self, claim: Claim) -> None:
+    def settle(self, claim: ReadClaim) -> None:
         """The claim's old data is in memory."""
         self.settle_unread(claim.first, claim.end)
         self._end(claim)
@@ -188,7 +188,7 @@ class Clusters:
         self.settled.add_range(first, end)
         self._unsaved.add_range(first, end)
 
-    def give_back(self, claim: Claim) -> None:
+    def give_back(self, claim: ReadClaim) -> None:
         """The claim's old data could not be read now: it is pending again."""
         self._end(claim)
         if claim.first < claim.end:
@@ -209,7 +209,7 @@ class Clusters:
         self._total = total
         self._conclude(0)
 
-    def settle_to(self, claim: Claim, end: int) -> None:
+    def settle_to(self, claim: ReadClaim, end: int) -> None:
         """The old data of the claim's clusters before ``end`` is in memory; it keeps the rest."""
         if claim.first < end:
             self.settle_unread(claim.first, end)
@@ -217,7 +217,7 @@ class Clusters:
                 del self.reading[cluster]
             claim.first = end
 
-    def cut(self, claim: Claim, end: int) -> None:
+    def cut(self, claim: ReadClaim, end: int) -> None:
         """The claim's clusters from ``end`` on are pending again; it keeps the others."""
         if end < claim.end:
             for cluster in range(end, claim.end):
@@ -229,7 +229,7 @@ class Clusters:
         self._given_back.append((first, end))
         self._given_back_lot.unpark_all()
 
-    def _end(self, claim: Claim) -> None:
+    def _end(self, claim: ReadClaim) -> None:
         for cluster in range(claim.first, claim.end):
             del self.reading[cluster]
         claim.wake_waiters()

@@ -13,7 +13,7 @@ from typing import Literal
 import trio
 
 from blockd import limits
-from blockd.backup.clusters import Claim, Clusters
+from blockd.backup.clusters import Clusters, ReadClaim
 from blockd.backup.feeder import Feeder, Piece
 from blockd.backup.held import HeldStore, OldData
 from blockd.backup.plan import BackupPlan, Sync
@@ -189,7 +189,7 @@ class Copier:
         """Asked in a thread, so it only looks."""
         return self.hook.abandoned or self._job.paused or self._job.speed > 0
 
-    def _end_sweep(self, claim: Claim, swept: Swept, buffer: memoryview) -> deque[OldData]:
+    def _end_sweep(self, claim: ReadClaim, swept: Swept, buffer: memoryview) -> deque[OldData]:
         clusters = self._clusters
         if self.hook.abandoned:
             # Once guests are let go, what was read may be newer than the start.

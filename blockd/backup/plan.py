@@ -9,7 +9,7 @@ from blockd import limits
 from blockd.bitmap import Bits, DirtyBitmap, Freeze, NodeBitmaps
 from blockd.errors import BlockdError
 
-#: The peer counts them with 32 bits.
+#: QEMU counts them with 32 bits.
 MAX_WORKERS = (1 << 31) - 1
 
 
@@ -60,7 +60,7 @@ class Performance:
 
     def check_cluster_fits(self) -> None:
         """Raise ``BlockdError`` where a cluster would take too much memory."""
-        # The peer takes more, tries to hold it in memory, and dies.
+        # QEMU takes more, tries to hold it in memory, and dies.
         if not self.min_cluster_bytes <= limits.BACKUP_CLUSTER_MAX_BYTES:
             raise BlockdError(
                 f"min-cluster-size too large: {self.min_cluster_bytes} > "
@@ -157,7 +157,7 @@ def _find_bitmap(name: str, bitmaps: NodeBitmaps) -> DirtyBitmap:
 
 
 def conclude_bitmap(freeze: Freeze, mode: BitmapMode, *, succeeded: bool, rest: Bits) -> None:
-    """End the freeze, for good: the table of specification section 4, in one step.
+    """End the freeze, for good: in one step, as the bitmap's mode says.
 
     ``rest`` is what the job had still to copy, or could not copy: every cluster of which it is
     not certain that it is on the target, durably. It is given away with the call.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import trio
 
 from blockd import limits
-from blockd.backup.clusters import Claim, Clusters
+from blockd.backup.clusters import Clusters, ReadClaim
 from blockd.backup.held import HeldStore, OldData
 from blockd.backup.source_map import SourceMap
 from blockd.block import Node
@@ -132,7 +132,7 @@ class PointInTime:
             elif slot is not None:
                 await self._hold_data(slot, first)
 
-    def _take_back(self, claim: Claim, cluster: int) -> bool:
+    def _take_back(self, claim: ReadClaim, cluster: int) -> bool:
         """Have a claimed cluster settled or pending at once; False where it is being read."""
         sweep = claim.sweep
         if sweep is None:
@@ -199,7 +199,7 @@ class PointInTime:
         else:
             self._put(slot, claim, view)
 
-    def _put(self, slot: int, claim: Claim, view: memoryview) -> None:
+    def _put(self, slot: int, claim: ReadClaim, view: memoryview) -> None:
         if self.abandoned:
             # Once guests are let go, what was read may be newer than the start.
             self._held.free(slot)
@@ -216,7 +216,7 @@ class PointInTime:
 
     # -- trouble -----------------------------------------------------------------------------
 
-    def _read_failed(self, claim: Claim, error: OSError) -> None:
+    def _read_failed(self, claim: ReadClaim, error: OSError) -> None:
         """The old data is about to be lost: the backup does without it, or is broken."""
         if self.abandoned:
             self._clusters.give_back(claim)

@@ -84,7 +84,7 @@ class Pin:
 
 
 class DirtyBitmap:
-    """A named bitmap of a node. Every command that is refused (semantics 3) changes nothing.
+    """A named bitmap of a node. Every command that is refused changes nothing.
 
     All calls are plain functions: nothing comes between a check and the change it guards. Each
     one first folds the node's recent writes into the bitmaps as they are, so that what is read
@@ -136,7 +136,7 @@ class DirtyBitmap:
 
     @property
     def count_bytes(self) -> int:
-        """Dirty bytes of the named bitmap, without its successor (semantics 2)."""
+        """Dirty bytes of the named bitmap, without its successor."""
         self._owner.fold()
         return self._named_bits.count_bytes
 

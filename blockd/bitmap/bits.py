@@ -51,7 +51,7 @@ class Bits:
 
     @property
     def count_bytes(self) -> int:
-        """Dirty granules times the granularity; may exceed ``size_bytes`` (semantics 2)."""
+        """Dirty granules times the granularity; may exceed ``size_bytes``."""
         # Counted when asked: 20 us for 16 TiB by 64 KiB with every tenth granule dirty, 0.9 ms by
         # 4 KiB. A running count would instead cost every single write a look at the old bits.
         return len(self._granules) << self._shift
@@ -150,7 +150,7 @@ class Bits:
     def digest(self) -> str:
         """SHA-256, in hex, of the bits as an array of little-endian 64-bit words.
 
-        The same value as the peer's ``x-debug-block-dirty-bitmap-sha256``. For debugging: it
+        The same value as QEMU's ``x-debug-block-dirty-bitmap-sha256``. For debugging: it
         takes time in proportion to the node's size.
         """
         sha = hashlib.sha256()

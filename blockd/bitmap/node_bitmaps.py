@@ -15,7 +15,7 @@ from blockd.errors import BlockdError
 
 @dataclass(frozen=True, slots=True)
 class BitmapInfo:
-    """What a query shows of a bitmap (semantics 2); ``name`` is None for a successor."""
+    """What a query shows of a bitmap (``BlockDirtyInfo``); ``name`` is None for a successor."""
 
     name: str | None
     count_bytes: int
@@ -105,8 +105,8 @@ class NodeBitmaps:
     def resize(self, size_bytes: int) -> None:
         """Follow the node to a new size, in every bitmap whatever its state.
 
-        As with the peer, marks past the new end go and what is added is clean. But what was cut
-        off before and now comes back has changed, and is marked: the peer would lose that.
+        As with QEMU, marks past the new end go and what is added is clean. But what was cut
+        off before and now comes back has changed, and is marked: QEMU would lose that.
         """
         old_bytes, self._size_bytes = self._size_bytes, size_bytes
         for bitmap in self._bitmaps.values():
@@ -155,7 +155,7 @@ def _nothing() -> None:
 
 
 def _check_granularity_type(granularity_bytes: int) -> None:
-    # The peer finds this among the types of the arguments, before any of them is looked at.
+    # QEMU finds this among the types of the arguments, before any of them is looked at.
     if not 0 <= granularity_bytes < 1 << 32:
         raise BlockdError("Parameter 'granularity' expects uint32_t")
 

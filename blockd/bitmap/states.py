@@ -1,4 +1,4 @@
-"""What a dirty bitmap can be (semantics 1 and 2): a sum type, so that each state has its own bits.
+"""What a dirty bitmap can be: a sum type, so that each state has its own bits.
 
     Recording <-> Stopped         enable, disable
     Recording, Stopped -> Frozen  freeze; back by reclaim or abdicate

@@ -51,7 +51,7 @@ class Graph:
         return iter(tuple(reversed(self._nodes.values())))
 
     def get(self, name: str, *, device: str = "") -> Node:
-        """The node called ``name``; ``device`` only fills the peer's sentence where none is.
+        """The node called ``name``; ``device`` only fills QEMU's sentence where none is.
 
         Raises ``BlockdError``.
         """

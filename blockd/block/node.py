@@ -72,11 +72,6 @@ class Node:
         """The backing file, if there is one."""
         return self.driver.children.get(Role.BACKING)
 
-    @property
-    def hooked(self) -> bool:
-        """Whether a point-in-time view depends on this node's writes."""
-        return bool(self._hooks)
-
     # -- the nowait paths --------------------------------------------------------------------
 
     def _choose_path(self) -> None:

@@ -12,7 +12,7 @@ import trio
 from blockd import limits
 from blockd.errors import BlockdError
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 #: The error of a job that was cancelled.
 CANCELLED = os.strerror(errno.ECANCELED)
@@ -47,7 +47,7 @@ async def clean_up(job_id: str, hook: Callable[[], Awaitable[None]]) -> str | No
     if error is None and scope.cancelled_caught:
         error = f"not done within {seconds} seconds"
     if error is not None:
-        log.error("job '%s': %s: %s", job_id, hook.__name__, error)
+        _log.error("job '%s': %s: %s", job_id, hook.__name__, error)
     return error
 
 
@@ -55,7 +55,7 @@ def _explain(job_id: str, group: BaseExceptionGroup[Exception]) -> str:
     errors = list(_leaves(group))
     for each in errors:
         if not isinstance(each, JobError | BlockdError | OSError):
-            log.error("job '%s' failed unexpectedly", job_id, exc_info=each)
+            _log.error("job '%s' failed unexpectedly", job_id, exc_info=each)
             return f"Internal error: {each!r}"
     return _text(errors[0])
 

@@ -45,7 +45,7 @@ class Job(ABC):
     one step without an await, and nothing is awaited after it.
 
     The calls for clients refuse with ``BlockdError``, having changed nothing, where the job's
-    status does not allow them (specification, "Jobs").
+    status does not allow them (``states.MAY``).
     """
 
     #: The job's type in QMP.

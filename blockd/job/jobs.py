@@ -14,7 +14,7 @@ from blockd.events import Bus
 from blockd.job.job import Job
 from blockd.job.states import Status
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
@@ -84,7 +84,7 @@ class Jobs:
                 if job.status is Status.CONCLUDED:
                     job.dismiss()
         if scope.cancelled_caught:
-            log.error("jobs not ended within %s seconds: %s", deadline_seconds, list(self._jobs))
+            _log.error("jobs not ended within %s seconds: %s", deadline_seconds, list(self._jobs))
 
     def check_id(self, job_id: str) -> None:
         """Raise ``BlockdError`` unless a new job may have this id."""

@@ -1,7 +1,6 @@
 """What a job's state may become and which commands each state accepts: two tables.
 
-The names are QMP's. The tables are those of the specification, "Jobs"; nothing else in the
-package decides about a state.
+The names are QMP's, and the tables are QEMU's; nothing else in the package decides about a state.
 """
 
 from __future__ import annotations

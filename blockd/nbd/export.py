@@ -11,7 +11,7 @@ from blockd.block import Hold, Node
 from blockd.nbd.handshake import ExportInfo
 from blockd.nbd.wire import Cmd, CmdFlag, Request, TransmissionFlag
 
-#: Flags that a command may carry; every one not named takes FUA alone, as the peer does.
+#: Flags that a command may carry; every one not named takes FUA alone, as QEMU does.
 _ALLOWED_FLAGS = {
     Cmd.READ.value: (CmdFlag.FUA | CmdFlag.DF).value,
     Cmd.WRITE_ZEROES.value: (CmdFlag.FUA | CmdFlag.NO_HOLE).value,

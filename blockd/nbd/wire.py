@@ -15,7 +15,7 @@ from blockd import limits
 
 
 class ProtocolError(Exception):
-    """The peer broke a rule after which its bytes make no sense: only disconnecting is left."""
+    """The other end broke a rule, and its bytes make no sense any more: disconnecting is left."""
 
 
 # --- handshake phase ("Newstyle negotiation", "Option types", "Option reply types") -----------
@@ -125,7 +125,6 @@ SIMPLE_REPLY: Final = Struct(">IIQ")  # magic, Errno or 0, cookie
 STRUCTURED_HEADER: Final = Struct(">IHHQI")  # magic, ReplyFlag, ReplyType, cookie, length
 #: A structured header and the payload's offset; the data follows. ``length`` counts offset + data.
 OFFSET_DATA_HEADER: Final = Struct(">IHHQIQ")
-OFFSET_HOLE_CHUNK: Final = Struct(">IHHQIQI")  # a structured header, offset, length of the hole
 ERROR_PAYLOAD: Final = Struct(">IH")  # Errno, length of the message, which follows
 OFFSET: Final = Struct(">Q")  # the end of an ERROR_OFFSET payload
 
@@ -251,22 +250,6 @@ def error_reply(
 def none_chunk(cookie: int) -> bytes:
     """The end of a structured reply that has nothing more to say."""
     return _chunk(ReplyType.NONE, cookie, b"")
-
-
-def read_hole_chunk(cookie: int, offset: int, length: int, *, done: bool) -> bytes:
-    """A part of a structured READ reply: ``length`` bytes from ``offset`` on read as zeroes.
-
-    ``length`` is from 1 to 2**32 - 1 ("Structured reply types"); ``done``: nothing follows.
-    """
-    return OFFSET_HOLE_CHUNK.pack(
-        STRUCTURED_REPLY_MAGIC,
-        ReplyFlag.DONE if done else 0,
-        ReplyType.OFFSET_HOLE,
-        cookie,
-        OFFSET_HOLE_CHUNK.size - STRUCTURED_HEADER.size,
-        offset,
-        length,
-    )
 
 
 def encode_string(text: str, limit_bytes: int) -> bytes:

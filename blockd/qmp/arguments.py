@@ -1,4 +1,4 @@
-"""Checks what a client sent against a declaration, in the peer's words.
+"""Checks what a client sent against a declaration, in QEMU's words.
 
 QEMU looks at an object's members in the order of the declaration and then for members too many,
 and stops at the first mistake. What passes here, ``msgspec.convert`` takes.
@@ -129,7 +129,7 @@ def _check_integer(value: Any, name: str, c_type: str) -> None:
         if not (is_integer and -(1 << 63) <= value < 1 << 63):
             raise _wrong_type(name, "integer")
         return
-    # The peer reads every unsigned one with 64 bits first, in which -1 is a large number; of one
+    # QEMU reads every unsigned one with 64 bits first, in which -1 is a large number; of one
     # that has them all, that number is of no use to anybody.
     least = 0 if c_type == "uint64" else -(1 << 63)
     if not (is_integer and least <= value < 1 << 64):
@@ -147,7 +147,7 @@ def _join(path: str, member: str) -> str:
 
 
 def _short(name: str) -> str:
-    """What the peer calls a member in some of its sentences; an array's item has no name there."""
+    """What QEMU calls a member in some of its sentences; an array's item has no name there."""
     return "null" if name.endswith("]") else name.rpartition(".")[2]
 
 

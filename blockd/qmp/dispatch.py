@@ -13,7 +13,6 @@ from blockd.errors import (
     BlockdError,
     CommandNotFoundError,
     DeviceNotActiveError,
-    DeviceNotFoundError,
 )
 from blockd.qmp import arguments
 from blockd.qmp.services import Services
@@ -58,7 +57,6 @@ ERROR_CLASSES: dict[type[BlockdError], str] = {
     BlockdError: "GenericError",
     CommandNotFoundError: "CommandNotFound",
     DeviceNotActiveError: "DeviceNotActive",
-    DeviceNotFoundError: "DeviceNotFound",
 }
 
 

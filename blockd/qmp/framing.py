@@ -2,7 +2,7 @@
 
 Where a text ends is found here; reading it is the library's work. A text ends where its brackets
 are balanced, right or wrong, and also at a control character that JSON has no place for, as with
-the peer: after a mistake the next text is read afresh, and a client that left a string open gets
+QEMU: after a mistake the next text is read afresh, and a client that left a string open gets
 back into step with its next line.
 """
 

@@ -27,7 +27,7 @@ class Services:
     stop: Callable[[], None]
     #: The daemon is ending: what would change something is refused.
     ending: bool = False
-    #: Held by the command that changes something: one at a time, as in the peer.
+    #: Held by the command that changes something: one at a time, as in QEMU.
     changes: trio.Lock = field(default_factory=trio.Lock)
     #: Held by the command that computes a bitmap's digest.
     digests: trio.Lock = field(default_factory=trio.Lock)

@@ -425,5 +425,5 @@ async def test_a_bitmap_in_use_refuses_the_job_at_its_start(
         with pytest.raises(BlockdError, match="in use by another operation"):
             await rig.start(job)
         pin.release()
-        assert not rig.source.hooked
+        assert not rig.source._hooks
         assert not rig.source.users

@@ -49,7 +49,7 @@ async def test_it_waits_for_the_writes_in_flight(sync: Sync) -> None:
             await wait_all_tasks_blocked()
             assert not started.is_set()
             assert not bitmap.busy
-            assert not rig.source.hooked
+            assert not rig.source._hooks
             guests.start_soon(rig.source.write, LATER, NEW)
             await wait_all_tasks_blocked()
             assert rig.source_driver.counts["write"] == 1
@@ -79,7 +79,7 @@ async def test_a_start_that_is_cancelled_while_it_waits_leaves_nothing() -> None
         await wait_all_tasks_blocked()
         assert rig.jobs.newest_first() == []
         assert not bitmap.busy
-        assert not rig.source.hooked
+        assert not rig.source._hooks
         assert not rig.source.users
         assert not rig.target.users
         assert rig.dirty_bytes(bitmap) == set(range(EARLIER, EARLIER + CLUSTER))

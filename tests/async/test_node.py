@@ -279,7 +279,7 @@ async def test_hooks_are_asked_in_order_before_the_driver(
     driver.on_begin = log.append
     await hook_in(node, Hook(log, "one"))
     await hook_in(node, Hook(log, "two"))
-    assert node.hooked
+    assert node._hooks
     await node.write(1024, DATA)
     node.write_nowait(512, DATA)
     assert log == [
@@ -332,7 +332,7 @@ async def test_a_hook_that_is_removed_is_asked_no_more(
     assert log == ["two nowait 0+512"]
     async with node.quiesced():
         node.remove_hook(second)
-    assert not node.hooked
+    assert not node._hooks
     node.write_nowait(0, DATA)
     assert log == ["two nowait 0+512"]
     assert dirty(bitmap) == [Extent(0, 512)]
@@ -341,7 +341,7 @@ async def test_a_hook_that_is_removed_is_asked_no_more(
 async def test_a_hook_comes_only_while_quiesced(node: Node) -> None:
     with pytest.raises(AssertionError):
         node.add_hook(Hook([]))
-    assert not node.hooked
+    assert not node._hooks
 
 
 async def test_a_hook_that_has_given_up_may_go_at_any_time(

@@ -15,7 +15,6 @@ from blockd.errors import (
     BlockdError,
     CommandNotFoundError,
     DeviceNotActiveError,
-    DeviceNotFoundError,
 )
 from blockd.qmp import types
 from blockd.qmp.commands import COMMANDS
@@ -164,7 +163,6 @@ async def test_a_command_that_fails_lets_the_next_one_in() -> None:
         (BlockdError("No"), Failure("GenericError", "No")),
         (CommandNotFoundError("No"), Failure("CommandNotFound", "No")),
         (DeviceNotActiveError("No"), Failure("DeviceNotActive", "No")),
-        (DeviceNotFoundError("No"), Failure("DeviceNotFound", "No")),
         (OSError(errno.ENOSPC, "whatever"), Failure("GenericError", "No space left on device")),
         (FileNotFoundError(errno.ENOENT, ""), Failure("GenericError", "No such file or directory")),
     ],

@@ -45,9 +45,8 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]
 def test_the_manager_hears_each_state(manager: Manager) -> None:
     service = ServiceManager(manager.environ)
     service.ready()
-    service.status("2 nodes, 1 export")
     service.stopping()
-    assert manager.heard() == ["READY=1", "STATUS=2 nodes, 1 export", "STOPPING=1"]
+    assert manager.heard() == ["READY=1", "STOPPING=1"]
 
 
 async def test_the_watchdog_hears_two_pings_an_interval(

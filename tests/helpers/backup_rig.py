@@ -109,7 +109,7 @@ class Rig:
             await job.wait_concluded()
         error = job.error
         job.dismiss()
-        assert not self.source.hooked
+        assert not self.source._hooks
         assert not self.source.users
         assert not any(bitmap.busy for bitmap in self.source.bitmaps.list())
         return error

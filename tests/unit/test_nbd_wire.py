@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import struct
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -133,6 +134,11 @@ def offset_data(offset: int, data: bytes, flags: int = wire.DONE) -> bytes:
     return wire.OFFSET_DATA_HEADER.pack(*fields) + data
 
 
+def offset_hole(offset: int, length: int, flags: int = wire.DONE) -> bytes:
+    kind = wire.ReplyType.OFFSET_HOLE
+    return struct.pack(">IHHQIQI", wire.STRUCTURED_REPLY_MAGIC, flags, kind, 1, 12, offset, length)
+
+
 READ = Call(Cmd.READ, 0x1000, 4)
 WRITE = Call(Cmd.WRITE, 0, data=b"abc")
 
@@ -165,7 +171,7 @@ EXCHANGES = {
     "offset-hole": Exchange(
         READ,
         "668e33ef 0001 0002 0000000000000001 0000000c 0000000000001000 00000004",
-        wire.read_hole_chunk(1, 0x1000, 4, done=True),
+        offset_hole(0x1000, 4),
         bytes(4),
     ),
     "a hole, then data, then the end": Exchange(
@@ -173,9 +179,7 @@ EXCHANGES = {
         "668e33ef 0000 0002 0000000000000001 0000000c 0000000000001001 00000003"
         "668e33ef 0000 0001 0000000000000001 00000009 0000000000001000 71"
         "668e33ef 0001 0000 0000000000000001 00000000",
-        wire.read_hole_chunk(1, 0x1001, 3, done=False)
-        + offset_data(0x1000, b"q", flags=0)
-        + wire.none_chunk(1),
+        offset_hole(0x1001, 3, flags=0) + offset_data(0x1000, b"q", flags=0) + wire.none_chunk(1),
         b"q\0\0\0",
     ),
     "error": Exchange(

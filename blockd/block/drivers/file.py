@@ -27,7 +27,7 @@ from blockd.errors import BlockdError, WouldBlock
 
 _Result = TypeVar("_Result")
 
-#: What a size is rounded up to; the tail beyond a file's end reads as zeroes, as in the peer.
+#: What a size is rounded up to; the tail beyond a file's end reads as zeroes, as in QEMU.
 SECTOR_BYTES = 512
 _ZEROES = memoryview(bytes(limits.MIB))
 

@@ -123,7 +123,7 @@ class RawDriver(Driver):
 
 
 def _options(below: Driver, offset_bytes: int, size_bytes: int | None) -> dict[str, Any]:
-    """The driver as QEMU's pseudo-protocol "json:" names it, in the peer's order."""
+    """The driver as QEMU's pseudo-protocol "json:" names it, in QEMU's order."""
     options: dict[str, Any] = {"offset": offset_bytes} if offset_bytes else {}
     options["driver"] = "raw"
     if size_bytes is not None:

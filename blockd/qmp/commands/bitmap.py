@@ -75,7 +75,7 @@ async def sha256(services: Services, arguments: XDebugBlockDirtyBitmapSha256) ->
 
 
 def _node(services: Services, name: str) -> Node:
-    """The peer has another sentence here than for the other commands."""
+    """QEMU has another sentence here than for the other commands."""
     node = services.graph.find(name)
     if node is None:
         raise BlockdError(f"Node '{name}' not found")

@@ -76,7 +76,7 @@ def nbd_server_add(services: Services, arguments: NbdServerAdd) -> None:
             node_name=node.name,
             name=name,
             description=arguments.description,
-            # The peer downgrades here what it refuses in the newer form.
+            # QEMU downgrades here what it refuses in the newer form.
             writable=arguments.writable and not node.read_only,
         ),
     )

@@ -11,7 +11,7 @@ from msgspec import Meta
 class Object(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, kw_only=True):
     """A JSON object. A member whose default is None may be left out, but is never ``null``."""
 
-    #: Members of a tagged object that the peer looks at before its tag.
+    #: Members of a tagged object that QEMU looks at before its tag.
     before_tag: ClassVar[tuple[str, ...]] = ()
 
 
@@ -37,7 +37,7 @@ class Query(Command, kw_only=True):
     read_only: ClassVar[bool] = True
 
 
-#: Integers as wide as the peer's; ``c_type`` says how wide, and how it names an unsigned one.
+#: Integers as wide as QEMU's; ``c_type`` says how wide, and how it names an unsigned one.
 Int64 = Annotated[int, Meta(extra={"c_type": "int64"})]
 UInt32 = Annotated[int, Meta(extra={"c_type": "uint32_t"})]
 UInt64 = Annotated[int, Meta(extra={"c_type": "uint64"})]

@@ -128,7 +128,7 @@ class BlockInfo(Object, kw_only=True):
 
 
 class QueryBlock(Query, kw_only=True):
-    """The devices of a virtual machine: none, as with the peer, so the answer is ``[]``."""
+    """The devices of a virtual machine: there is none, so the answer is ``[]``."""
 
     command: ClassVar[str] = "query-block"
     returns: ClassVar[Any] = list[BlockInfo]
