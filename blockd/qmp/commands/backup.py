@@ -147,10 +147,12 @@ def _hold(graph: Graph, source: Node, target: Node, job_id: str) -> list[Hold]:
     """No write may reach the source's storage past its node, nor anybody write to the target."""
     user = f"block job '{job_id}'"
     graph.check_no_other_writer(source)
+    # QEMU puts its filter between a node and its users first, where it has any.
+    words = "Could not replace node: " if source.users else ""
     try:
         held = graph.hold(source, user, Role.SOURCE, writes=False, alone=True)
     except BlockdError as error:
-        raise BlockdError(f"Could not replace node: {error.message}") from None
+        raise BlockdError(f"{words}{error.message}") from None
     try:
         return [held, graph.hold(target, user, Role.TARGET, writes=True)]
     except BlockdError:

@@ -17,12 +17,18 @@ from tests.helpers.scenario import (
 from tests.interop.scenarios.words import (
     DISKS,
     ENDED,
+    GUEST_DISKS,
+    TWO_WRITES,
     backup,
     bitmap,
     delete,
     drive_backup,
+    export,
     node,
     refused,
+    server,
+    slow_backup,
+    unexport,
 )
 
 CANCEL = do("block-job-cancel", device="j")
@@ -34,6 +40,11 @@ def tuned(perf: Any, **options: Any) -> Do:
     return backup(x_perf=perf, **options)
 
 
+def second(**options: Any) -> Do:
+    """A backup to ``u`` as job ``k``."""
+    return backup(**{"job_id": "k", "target": "u", **options})
+
+
 def too_large(cluster_bytes: int) -> Step:
     return Differs(
         tuned({"min-cluster-size": cluster_bytes}, speed=-1),
@@ -41,6 +52,26 @@ def too_large(cluster_bytes: int) -> Step:
         refused(f"min-cluster-size too large: {cluster_bytes} > {16 * MIB}"),
     )
 
+
+def conflict(writer: str, role: str) -> Step:
+    return Differs(
+        backup(),
+        "ours makes no job of it",
+        refused(
+            "Permission conflict on node 'nf': permissions 'write' are both required by "
+            f"{writer} (uses node 'nf' as '{role}' child) and unshared by node 'n' "
+            "(uses node 'nf' as 'file' child)."
+        ),
+    )
+
+
+#: Nodes ``n`` and ``t`` over file nodes ``nf`` and ``tf``.
+NAMED_FILES: list[Step] = [
+    do("blockdev-add", driver="file", node_name="nf", filename="DIR/n.img"),
+    node("n", file="nf"),
+    do("blockdev-add", driver="file", node_name="tf", filename="DIR/t.img"),
+    node("t", file="tf"),
+]
 
 SCENARIOS = [
     Scenario(
@@ -120,6 +151,30 @@ SCENARIOS = [
         ],
     ),
     Scenario(
+        "backup-of-a-busy-bitmap-refused-in-order",
+        [
+            *GUEST_DISKS,
+            node("u"),
+            node("small"),
+            bitmap("b"),
+            *TWO_WRITES,
+            *slow_backup(sync="incremental", bitmap="b"),
+            second(bitmap="b", sync="bitmap"),
+            second(bitmap="b", sync="incremental", bitmap_mode="never"),
+            *[
+                second(bitmap="b", bitmap_mode=mode, sync=sync)
+                for sync in ("bitmap", "full", "top", "none")
+                for mode in ("on-success", "always", "never")
+            ],
+            second(bitmap="b", sync="incremental", target="n"),
+            second(bitmap="b", sync="incremental", target="t"),
+            second(bitmap="b", sync="incremental", compress=True),
+            second(bitmap="b", sync="incremental", target="small", x_perf={"max-workers": 0}),
+            second(bitmap="b", sync="incremental", target="small"),
+            CANCEL,
+        ],
+    ),
+    Scenario(
         "backup-compressed-is-refused",
         [
             *DISKS,
@@ -176,6 +231,45 @@ SCENARIOS = [
             do("query-named-block-nodes", flat=True),
             CANCEL,
             QUERY,
+        ],
+    ),
+    Scenario(
+        "backup-nodes-that-are-exported",
+        [
+            *NAMED_FILES,
+            server(),
+            export("before", "t", name="before", writable=True),
+            backup(speed=1),
+            Asleep(),
+            export("t", "t"),
+            export("w", "t", name="w", writable=True),
+            export("tf", "tf"),
+            export("tw", "tf", name="tw", writable=True),
+            export("n", "n"),
+            export("nf", "nf"),
+            export("nw", "nf", name="nw", writable=True),
+            *[unexport(each) for each in ("before", "t", "w", "tf", "tw", "n", "nf", "nw")],
+            CANCEL,
+        ],
+    ),
+    Scenario(
+        "backup-disk-that-is-written-below",
+        [
+            *NAMED_FILES,
+            node("n2", file="nf"),
+            server(),
+            export("w", "nf", name="w", writable=True),
+            conflict("an unnamed block device", "root"),
+            export("r", "n", name="r"),
+            backup(),
+            unexport("w"),
+            unexport("r"),
+            export("w2", "n2", name="w2", writable=True),
+            conflict("node 'n2'", "file"),
+            unexport("w2"),
+            export("w", "tf", name="w", writable=True),
+            backup(),
+            ENDED,
         ],
     ),
 ]
