@@ -1,5 +1,6 @@
 """The device layer: nodes, their drivers, and who uses them."""
 
+from blockd.block.accounting import Accounts, Counts
 from blockd.block.allocation import Allocation
 from blockd.block.descriptor import Descriptor
 from blockd.block.driver import Driver
@@ -18,9 +19,11 @@ from blockd.block.permissions import Claim, Role, Users
 
 __all__ = [
     "SECTOR_BYTES",
+    "Accounts",
     "Allocation",
     "BeforeWrite",
     "Claim",
+    "Counts",
     "Descriptor",
     "Driver",
     "FileDriver",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from blockd.block.allocation import Allocation
     from blockd.block.node import Node
     from blockd.block.permissions import Role
+from blockd.block.accounting import Counts
 from blockd.block.descriptor import Descriptor
 
 _Result = TypeVar("_Result")
@@ -47,6 +48,11 @@ class Driver(ABC):
 
     #: What tells the storage from any other, where that can be told.
     identity: tuple[int, int] | None = None
+
+    #: How far on in the node below a nowait request begins, where it is one request there too.
+    inline_offset_bytes: int | None = None
+    #: The discards that reached the storage, where they are counted.
+    discards: Counts | None = None
 
     @property
     def children(self) -> Mapping[Role, Node]:

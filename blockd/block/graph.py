@@ -10,6 +10,7 @@ from contextlib import suppress
 import trio
 
 from blockd import limits
+from blockd.block.accounting import Accounts, Inline
 from blockd.block.driver import Driver
 from blockd.block.node import Node
 from blockd.block.permissions import Claim, Role
@@ -148,6 +149,17 @@ class Graph:
             if any(child is node for child, _ in children):
                 yield parent
                 yield from self.above(parent)
+
+    def accounts(self, node: Node) -> Accounts:
+        """What ``node`` was asked for since it was made."""
+        return node.accounts.total([(node.inline, 0), *self._inlines_above(node)])
+
+    def _inlines_above(self, node: Node) -> Iterator[tuple[Inline, int]]:
+        for parent, children in self._below.items():
+            shift = parent.driver.inline_offset_bytes
+            if shift is not None and any(child is node for child, _ in children):
+                yield parent.inline, shift
+                yield from ((inline, far + shift) for inline, far in self._inlines_above(parent))
 
     async def resize(self, node: Node, size_bytes: int) -> None:
         """Change the size of ``node``, and of those it stands on; those above follow.

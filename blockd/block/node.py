@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 
 from blockd import limits
 from blockd.bitmap import NodeBitmaps
+from blockd.block.accounting import Accounts, Inline
 from blockd.block.allocation import Allocation
 from blockd.block.descriptor import Descriptor
 from blockd.block.driver import Driver
@@ -55,6 +56,9 @@ class Node:
         self.size_bytes = driver.size_bytes
         self.read_only = driver.read_only
         self.users = Users(name)
+        #: Requests of the async calls, and of the nowait ones as far as their callers tell.
+        self.accounts = Accounts()
+        self.inline = Inline()
         self._hooks: tuple[BeforeWrite, ...] = ()
         self._gate = Gate(on_change=self._choose_path)
         self.bitmaps = NodeBitmaps(driver.size_bytes)
@@ -107,17 +111,19 @@ class Node:
 
     async def read(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset``; the range lies within the size. Raises ``OSError``."""
-        await self.driver.read(offset, view)
+        with self.accounts.read.of(len(view)):
+            await self.driver.read(offset, view)
 
     async def write(self, offset: int, view: memoryview, *, fua: bool = False) -> None:
         """Write ``view`` at ``offset``; with ``fua`` it is on stable storage on return."""
-        await self._enter_write(offset, len(view))
-        try:
-            await self.driver.write(offset, view)
-            if fua:
-                await self.driver.flush()
-        finally:
-            self._gate.leave()
+        with self.accounts.write.of(len(view)):
+            await self._enter_write(offset, len(view))
+            try:
+                await self.driver.write(offset, view)
+                if fua:
+                    await self.driver.flush()
+            finally:
+                self._gate.leave()
 
     def descriptor(self, *, write: bool) -> Descriptor | None:
         """The node's bytes by a descriptor, where it has one; what writes to it is ``write_by``."""
@@ -139,39 +145,44 @@ class Node:
         self, offset: int, length: int, *, unmap: bool, fua: bool = False
     ) -> None:
         """Make the range read as zeroes; its space is given back where ``unmap`` allows that."""
-        await self._enter_write(offset, length)
-        try:
-            await self.driver.write_zeroes(offset, length, unmap=unmap)
-            if fua:
-                await self.driver.flush()
-        finally:
-            self._gate.leave()
+        with self.accounts.write.of(length):
+            await self._enter_write(offset, length)
+            try:
+                await self.driver.write_zeroes(offset, length, unmap=unmap)
+                if fua:
+                    await self.driver.flush()
+            finally:
+                self._gate.leave()
 
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
         """Give up the range's content. It counts as a write: what it reads as may change."""
-        await self._enter_write(offset, length)
-        try:
-            await self.driver.discard(offset, length)
-            if fua:
-                await self.driver.flush()
-        finally:
-            self._gate.leave()
+        with self.accounts.unmap.of(length):
+            await self._enter_write(offset, length, discard=True)
+            try:
+                await self.driver.discard(offset, length)
+                if fua:
+                    await self.driver.flush()
+            finally:
+                self._gate.leave()
 
     async def flush(self) -> None:
         """Return once every write that had completed before is on stable storage."""
-        await self.driver.flush()
+        with self.accounts.flush.of(0):
+            await self.driver.flush()
 
     async def allocation(self, offset: int, length: int) -> Sequence[Allocation]:
         """The range's allocation, as ``Driver.allocation`` gives it."""
         return await self.driver.allocation(offset, length)
 
-    async def _enter_write(self, offset: int, length: int) -> None:
+    async def _enter_write(self, offset: int, length: int, *, discard: bool = False) -> None:
         """Do what precedes every write. On return the caller owes one ``_gate.leave()``."""
         if self.read_only:
             raise PermissionError(errno.EPERM, f"node '{self.name}' is read-only")
         await self._gate.enter()
         try:
             self._note(offset, length)
+            if not discard:
+                self.accounts.highest = max(self.accounts.highest, offset + length)
             for hook in self._hooks:
                 await hook.before_write(offset, length)
         except BaseException:

@@ -119,7 +119,7 @@ class Connection:
 
     # -- requests that finish at once ---------------------------------------------------------
 
-    def _burst(self, start: int, end: int) -> tuple[int, _Stop]:
+    def _burst(self, start: int, end: int) -> tuple[int, _Stop]:  # noqa: PLR0915 - calls cost
         """Run the requests in ``_in[start:end]`` up to the first that can't finish at once.
 
         Their replies are put into ``_out``. This is the hot loop: local names, no calls but
@@ -135,9 +135,12 @@ class Connection:
         plain = 0 if self._export.writable and not self._export.writethrough else -1
         stop = _END_OF_TURN
         monotonic = time.monotonic
-        turn_ends = monotonic() + limits.NBD_SLICE_SECONDS
+        began = monotonic()
+        turn_ends = began + limits.NBD_SLICE_SECONDS
+        first, filled = start, used
+        done = writes = highest = 0
         try:
-            for _ in _BURST:
+            for done in _BURST:  # noqa: B007 - it is looked at afterwards
                 if end - start < _REQUEST_BYTES:
                     stop = _NEED_DATA
                     break
@@ -157,6 +160,9 @@ class Connection:
                     start = data + length
                     put_done(out, used, cookie)
                     used += done_bytes
+                    writes += 1
+                    if offset + length > highest:  # noqa: PLR1730 - a call costs more
+                        highest = offset + length
                     # A cached read takes microseconds, but a write may meet a slow disk.
                     if monotonic() > turn_ends:
                         break
@@ -172,6 +178,13 @@ class Connection:
         except (WouldBlock, OSError):
             stop = _SLOW_REQUEST
         self._out_used = used
+        # Only at the end of its turn was the last request carried out too.
+        done += stop is _END_OF_TURN
+        if done:
+            reads = done - writes
+            read_bytes = used - filled - reads * header_bytes - writes * done_bytes
+            write_bytes = start - first - done * _REQUEST_BYTES
+            node.inline.add(reads, read_bytes, writes, write_bytes, highest, monotonic() - began)
         return start, stop
 
     # -- all others ---------------------------------------------------------------------------
@@ -185,6 +198,7 @@ class Connection:
         try:
             self._export.check(request)
         except RequestError as refusal:
+            self._export.count_refused(request)
             if payload > limits.NBD_PAYLOAD_BYTES:
                 raise ProtocolError(refusal.message) from None
             start, end = await self._skip(payload, start, end)
@@ -270,15 +284,20 @@ class Connection:
         return start, end
 
     async def _write_piece(self, offset: int, piece: memoryview) -> OSError | None:
+        node, began = self._export.node, time.monotonic()
         try:
-            self._export.node.write_nowait(offset, piece)
+            node.write_nowait(offset, piece)
         except WouldBlock:
             try:
-                await self._export.node.write(offset, piece)
+                await node.write(offset, piece)
             except OSError as error:
                 return error
         except OSError as error:
+            node.accounts.write.failed += 1
             return error
+        else:
+            length, seconds = len(piece), time.monotonic() - began
+            node.inline.add(0, 0, 1, length, offset + length, seconds)
         return None
 
     async def _skip(self, count: int, start: int, end: int) -> tuple[int, int]:

@@ -106,6 +106,19 @@ class Export:
                 f"operation past EOF; From: {offset}, Len: {length}, Size: {self.node.size_bytes}",
             )
 
+    def count_refused(self, request: Request) -> None:
+        """Note a request that ``check`` has refused among the node's."""
+        accounts = self.node.accounts
+        match request.type:
+            case Cmd.READ:
+                accounts.read.invalid += 1
+            case Cmd.WRITE | Cmd.WRITE_ZEROES:
+                accounts.write.invalid += 1
+            case Cmd.TRIM:
+                accounts.unmap.invalid += 1
+            case Cmd.FLUSH:
+                accounts.flush.invalid += 1
+
     async def run(self, request: Request, data: memoryview) -> None:
         """Run a checked request that returns no data; ``data`` is what a WRITE brings.
 

@@ -72,6 +72,7 @@ def test_answers_and_events_are_as_declared(daemon: Daemon, tmp_path: Path) -> N
         cancel_a_backup(checked, tmp_path)
         for command in ("query-version", "query-commands", "query-qmp-schema", "query-block"):
             checked.do(command)
+        checked.do("query-blockstats", query_nodes=True)
         checked.do("block-export-del", id="e")
         checked.until("BLOCK_EXPORT_DELETED", id="e")
     returning = {command for command, returns in RETURNS.items() if returns is not Nothing}

@@ -21,11 +21,13 @@ from tests.interop.scenarios import (
     meta,
     nodes,
     resize,
+    stats,
 )
 
 SCENARIOS = [
     *nodes.SCENARIOS,
     *resize.SCENARIOS,
+    *stats.SCENARIOS,
     *exports.SCENARIOS,
     *bitmaps.SCENARIOS,
     *backups.SCENARIOS,

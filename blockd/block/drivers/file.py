@@ -17,6 +17,7 @@ from typing import TypeVar
 import trio
 
 from blockd import limits
+from blockd.block.accounting import Counts
 from blockd.block.allocation import Allocation
 from blockd.block.descriptor import Descriptor
 from blockd.block.driver import Driver
@@ -45,6 +46,8 @@ class _Write:
 class FileDriver(Driver):
     """Buffered I/O on one descriptor, which the driver owns from now on."""
 
+    discards: Counts
+
     def __init__(
         self,
         fd: int,
@@ -68,6 +71,7 @@ class FileDriver(Driver):
         self._fd = fd
         self._unmap = unmap
         self.flushes = flushes
+        self.discards = Counts()
         self._flush_error: OSError | None = None
         # A limiter of its own: a slow disk's threads never starve another disk.
         self._threads = trio.CapacityLimiter(limits.FILE_THREADS)
@@ -193,10 +197,9 @@ class FileDriver(Driver):
     async def discard(self, offset: int, length: int) -> None:
         if not self._unmap:
             return
-        if self.is_device:
-            await self._in_thread(lambda: blocking.discard_device(self._fd, offset, length))
-        else:
-            await self._in_thread(lambda: blocking.discard_file(self._fd, offset, length))
+        discard = blocking.discard_device if self.is_device else blocking.discard_file
+        with self.discards.of(length):
+            await self._in_thread(lambda: discard(self._fd, offset, length))
 
     async def flush(self) -> None:
         """``OSError`` for ever after one failure.

@@ -46,7 +46,7 @@ class RawDriver(Driver):
             )
         self.child = child
         self.read_only = read_only
-        self.offset_bytes = offset_bytes
+        self.offset_bytes = self.inline_offset_bytes = offset_bytes
         self._fixed_size_bytes = size_bytes
         # One that is made to be a part of the child relies on where that part is.
         self.follows_child_size = not offset_bytes and size_bytes is None

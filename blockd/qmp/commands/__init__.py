@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from blockd.qmp.commands import backup, bitmap, block, export, job, meta
+from blockd.qmp.commands import backup, bitmap, block, export, job, meta, stats
 from blockd.qmp.dispatch import Command
 from blockd.qmp.introspection import Entity, describe
 from blockd.qmp.services import Services
@@ -39,6 +39,7 @@ COMMANDS = [
     Command.of(block_types.BlockdevDel, block.blockdev_del),
     Command.of(block_types.BlockResize, block.block_resize),
     Command.of(block_types.QueryBlock, block.query_block),
+    Command.of(block_types.QueryBlockstats, stats.query_blockstats),
     Command.of(block_types.QueryNamedBlockNodes, block.query_named_block_nodes, concurrent=True),
     Command.of(bitmap_types.BlockDirtyBitmapAdd, bitmap.add),
     Command.of(bitmap_types.BlockDirtyBitmapRemove, bitmap.remove),

@@ -132,3 +132,85 @@ class QueryBlock(Query, kw_only=True):
 
     command: ClassVar[str] = "query-block"
     returns: ClassVar[Any] = list[BlockInfo]
+
+
+class IntervalStats(Object, kw_only=True):
+    """Figures of one interval: none are kept."""
+
+
+class DeviceStats(Object, kw_only=True, rename={}):
+    """What a node was asked for since it was made, by exports, jobs and nodes above.
+
+    ``_bytes``, ``_operations`` and ``_total_time_ns`` are those that succeeded, writes of zeroes
+    among the writes; a request that is carried out in pieces counts once for each. ``failed``:
+    by the storage. ``invalid``: refused for what it asked. ``wr_highest_offset``: the highest end
+    of a write. What a backup copies without asking nodes counts only there. Nothing is merged,
+    nor appended to zones.
+    """
+
+    rd_bytes: int
+    wr_bytes: int
+    zone_append_bytes: int
+    unmap_bytes: int
+    rd_operations: int
+    wr_operations: int
+    zone_append_operations: int
+    flush_operations: int
+    unmap_operations: int
+    rd_total_time_ns: int
+    wr_total_time_ns: int
+    zone_append_total_time_ns: int
+    flush_total_time_ns: int
+    unmap_total_time_ns: int
+    wr_highest_offset: int
+    rd_merged: int
+    wr_merged: int
+    zone_append_merged: int
+    unmap_merged: int
+    failed_rd_operations: int
+    failed_wr_operations: int
+    failed_zone_append_operations: int
+    failed_flush_operations: int
+    failed_unmap_operations: int
+    invalid_rd_operations: int
+    invalid_wr_operations: int
+    invalid_zone_append_operations: int
+    invalid_flush_operations: int
+    invalid_unmap_operations: int
+    account_invalid: bool
+    account_failed: bool
+    timed_stats: list[IntervalStats]
+
+
+class DriverStats(Object, kw_only=True):
+    """What only nodes of one driver count: discards that reached the storage, or failed there."""
+
+    discard_nb_ok: int
+    discard_nb_failed: int
+    discard_bytes_ok: int
+
+
+class FileStats(DriverStats, tag_field="driver", tag="file", kw_only=True):
+    """A file."""
+
+
+class HostDeviceStats(DriverStats, tag_field="driver", tag="host_device", kw_only=True):
+    """A block device of the host."""
+
+
+class BlockStats(Object, kw_only=True):
+    """A node's figures. ``parent``: those of the node below."""
+
+    node_name: str | None = None
+    stats: DeviceStats
+    driver_specific: FileStats | HostDeviceStats | None = None
+    parent: BlockStats | None = None
+
+
+class QueryBlockstats(Query, kw_only=True):
+    """Figures of all nodes, oldest first, with ``query-nodes``; else of devices: there are none."""
+
+    command: ClassVar[str] = "query-blockstats"
+    returns: ClassVar[Any] = list[BlockStats]
+
+    query_nodes: bool = False
