@@ -150,6 +150,9 @@ BACKUP_GUEST_IDLE_SECONDS = 0.1
 #: How far ahead the source's allocation is asked for, and the longest run of zeroes that is
 #: made at once: a thread may be busy with it for some time, and a cancel waits for it.
 BACKUP_MAP_BYTES = 1 * GIB
+#: So much is copied before it is discarded on the source, because the target is flushed for it; and
+#: so much is discarded at once, because guests that write there wait meanwhile.
+BACKUP_DISCARD_BYTES = 64 * MIB
 #: Dirty runs that are counted or looked at before others get their turn.
 BACKUP_SCAN_RUNS = 4096
 

@@ -14,7 +14,7 @@ from blockd.backup.incomplete import BitmapNeed, IncompleteMark
 from blockd.backup.plan import BackupPlan, Sync
 from blockd.backup.target_file import TargetFile
 from blockd.bitmap import Bits
-from blockd.block import Node
+from blockd.block import BeforeWrite, Node
 from blockd.job import Job, JobError
 
 _log = logging.getLogger(__name__)
@@ -110,7 +110,8 @@ class BackupJob(Job):
                 frozen.conclude(succeeded=False, unsaved=None)
             raise
         self._frozen = frozen
-        self._source.add_hook(self._copier.hook)
+        for hook in self._hooks():
+            self._source.add_hook(hook)
         self.set_total((self._clusters.count_at_once() or 0) << self._clusters.shift)
 
     async def run(self) -> None:
@@ -130,6 +131,8 @@ class BackupJob(Job):
     async def prepare(self) -> None:
         """Make the target durable, and say so."""
         await self._secure()
+        if self._copier.discard is not None:
+            await self._copier.discard.finish()
         self._unsaved = await self._list_unsaved()
         if self._clusters.skipped:
             nbytes = self._clusters.skipped << self._clusters.shift
@@ -162,16 +165,25 @@ class BackupJob(Job):
             async with self._source.quiesced():
                 self._end(succeeded=False, unsaved=unsaved)
         finally:
-            self._source.remove_hook(self._copier.hook)
+            self._remove_hooks()
             if self._frozen is not None:
                 self._frozen.conclude(succeeded=False, unsaved=None)
 
     def _end(self, *, succeeded: bool, unsaved: Bits | None) -> None:
         """Take the view out and unfreeze the bitmap, in one step."""
-        self._source.remove_hook(self._copier.hook)
+        self._remove_hooks()
         if self._frozen is not None:
             self._frozen.conclude(succeeded=succeeded, unsaved=unsaved)
             self._bitmap_knows_all = succeeded or self._frozen.forgets_after_failure
+
+    def _hooks(self) -> list[BeforeWrite]:
+        """In the order in which a guest's write passes them."""
+        copier = self._copier
+        return [copier.hook] if copier.discard is None else [copier.discard, copier.hook]
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks():
+            self._source.remove_hook(hook)
 
     async def _list_unsaved(self) -> Bits | None:
         if self._frozen is None:

@@ -39,9 +39,10 @@ def plan_backup(
     return BackupPlan(
         request.sync,
         used,
-        cluster_bytes,
-        performance.max_workers,
-        chunk_clusters * cluster_bytes or None,
+        cluster_bytes=cluster_bytes,
+        max_workers=performance.max_workers,
+        max_chunk_bytes=chunk_clusters * cluster_bytes or None,
+        discard_source=request.discard_source,
     )
 
 

@@ -18,6 +18,7 @@ from blockd.backup.feeder import Feeder, Piece
 from blockd.backup.held import HeldStore, OldData
 from blockd.backup.plan import BackupPlan, Sync
 from blockd.backup.point_in_time import PointInTime
+from blockd.backup.source_discard import SourceDiscard
 from blockd.backup.source_map import SourceMap
 from blockd.backup.sweep import Sweep, Swept
 from blockd.block import Descriptor, Node
@@ -69,6 +70,10 @@ class Copier:
         self._feeder = Feeder(clusters, SourceMap(source, clusters.cluster_bytes))
         #: The hook to put into the source at the instant of the start.
         self.hook = PointInTime(source, clusters, self._held, self._ignore_guest_read_error)
+        #: Another hook, to be put there before, where what was copied is to be discarded.
+        self.discard = (
+            SourceDiscard(job.id, source, target, clusters) if plan.discard_source else None
+        )
         self._writes_seen = 0
         self._guests_idle_from = 0.0
         self._step = self._at_most(limits.BACKUP_STEP_BYTES)
@@ -82,6 +87,8 @@ class Copier:
                 nursery.start_soon(self._let_guests_go_at_the_end)
                 for _ in range(limits.HELD_WRITERS):
                     nursery.start_soon(self._write_held)
+                if self.discard is not None:
+                    nursery.start_soon(self.discard.run)
                 if self._background:
                     await self._count()
                     for _ in range(self._workers):
@@ -342,6 +349,8 @@ class Copier:
 
     def _saved(self, data: OldData) -> None:
         self._clusters.save(data.first, data.end)
+        if self.discard is not None:
+            self.discard.add(data.first, data.end)
         self._job.advance((data.end - data.first) << self._clusters.shift)
 
     # -- trouble -----------------------------------------------------------------------------

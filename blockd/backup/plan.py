@@ -87,12 +87,16 @@ class Performance:
 
 @dataclass(frozen=True, slots=True)
 class BackupRequest:
-    """What the user asked for; ``bitmap`` is a name. ``compress``: write compressed clusters."""
+    """What the user asked for; ``bitmap`` is a name. ``compress``: write compressed clusters.
+
+    ``discard_source``: give the source's space back for what was copied.
+    """
 
     sync: Sync
     bitmap: str | None = None
     bitmap_mode: BitmapMode | None = None
     compress: bool = False
+    discard_source: bool = False
     performance: Performance = field(default_factory=Performance)
 
 
@@ -117,6 +121,7 @@ class BackupPlan:
     cluster_bytes: int
     max_workers: int
     max_chunk_bytes: int | None
+    discard_source: bool
 
 
 def choose_bitmap(request: BackupRequest, bitmaps: NodeBitmaps) -> UsedBitmap | None:

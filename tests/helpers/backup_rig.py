@@ -40,6 +40,7 @@ def use_small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "BACKUP_SWEEP_BUSY_BYTES", 4 * CLUSTER)
     monkeypatch.setattr(limits, "BACKUP_STEP_BYTES", 2 * CLUSTER)
     monkeypatch.setattr(limits, "BACKUP_MAP_BYTES", 8 * CLUSTER)
+    monkeypatch.setattr(limits, "BACKUP_DISCARD_BYTES", 6 * CLUSTER)
     monkeypatch.setattr(limits, "HELD_BYTES_LIMIT", 4 * CLUSTER)
     monkeypatch.setattr(limits, "HOLE_SEARCH_CLUSTERS", 3)
     monkeypatch.setattr(limits, "INLINE_SAVE_BYTES", 2 * CLUSTER)
@@ -75,10 +76,13 @@ class Rig:
         *,
         on_errors: OnErrors | None = None,
         performance: Performance | None = None,
+        discard_source: bool = False,
         **others: Any,
     ) -> BackupJob:
         performance = performance or Performance()
-        request = BackupRequest(sync, bitmap, mode, performance=performance)
+        request = BackupRequest(
+            sync, bitmap, mode, discard_source=discard_source, performance=performance
+        )
         plan = plan_backup(request, self.source, self.target)
         on_errors = on_errors or OnErrors()
         claim = self.source.users.claim("block job 'j'", Role.SOURCE, writes=False)

@@ -88,7 +88,7 @@ async def _start(services: Services, arguments: Backup, source: Node, target: _T
     try:
         plan = _plan(graph, arguments, source, target.node)
         services.jobs.check_id(arguments.job_id)
-        for hold in _hold(graph, source, target.node, arguments.job_id):
+        for hold in _hold(graph, arguments, source, target.node):
             undo.callback(hold.release)
         if arguments.filter_node_name is not None:
             undo.push_async_callback(_add_filter(graph, arguments, source))
@@ -125,8 +125,9 @@ def _request(arguments: Backup) -> BackupRequest:
         Sync(arguments.sync),
         arguments.bitmap,
         None if mode is None else BitmapMode(mode),
-        arguments.compress,
-        Performance(perf.max_workers, perf.max_chunk, perf.min_cluster_size),
+        compress=arguments.compress,
+        discard_source=arguments.discard_source,
+        performance=Performance(perf.max_workers, perf.max_chunk, perf.min_cluster_size),
     )
 
 
@@ -143,14 +144,15 @@ def _add_filter(graph: Graph, arguments: Backup, source: Node) -> Callable[[], A
     return remove
 
 
-def _hold(graph: Graph, source: Node, target: Node, job_id: str) -> list[Hold]:
+def _hold(graph: Graph, arguments: Backup, source: Node, target: Node) -> list[Hold]:
     """No write may reach the source's storage past its node, nor anybody write to the target."""
-    user = f"block job '{job_id}'"
+    user = f"block job '{arguments.job_id}'"
     graph.check_no_other_writer(source)
     # QEMU puts its filter between a node and its users first, where it has any.
     words = "Could not replace node: " if source.users else ""
     try:
-        held = graph.hold(source, user, Role.SOURCE, writes=False, alone=True)
+        writes = arguments.discard_source
+        held = graph.hold(source, user, Role.SOURCE, writes=writes, alone=True)
     except BlockdError as error:
         raise BlockdError(f"{words}{error.message}") from None
     try:

@@ -39,8 +39,9 @@ class Backup(Command, kw_only=True):
     block, which stays dirty (``ignore``), pause (``stop``), or pause only where the target is
     full (``enospc``, ``auto``). ``compress``: refused, no target here can. ``filter-node-name``:
     the name under which the queries list what keeps old data while the job runs; no command takes
-    it as a node. ``auto-finalize`` false: a successful job waits for
-    ``job-finalize``. ``auto-dismiss`` false: an ended job is listed until ``job-dismiss``.
+    it as a node. ``discard-source``: discard on the source what was copied, once the target has it
+    durably; not what guests have written meanwhile. ``auto-finalize`` false: a successful job waits
+    for ``job-finalize``. ``auto-dismiss`` false: an ended job is listed until ``job-dismiss``.
     """
 
     command: ClassVar[str] = ""
@@ -57,6 +58,7 @@ class Backup(Command, kw_only=True):
     auto_finalize: bool = True
     auto_dismiss: bool = True
     filter_node_name: str | None = None
+    discard_source: bool = False
     x_perf: BackupPerf | None = None
 
 
