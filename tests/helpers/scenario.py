@@ -198,6 +198,19 @@ class Write:
 
 
 @dataclass(frozen=True)
+class Read:
+    """A guest, connected to ``export`` from its first request on, reads; a digest of the bytes."""
+
+    export: str
+    offset: int
+    length: int
+
+    def play(self, stage: Stage) -> list[Message]:
+        data = guest_of(stage, self.export).read(self.offset, self.length)
+        return [{"read": hashlib.sha256(data).hexdigest()}]
+
+
+@dataclass(frozen=True)
 class Connect:
     """A guest connects, and stays; what it was told."""
 
