@@ -95,6 +95,11 @@ NODE_BYTES = (1 << 63) - GIB
 #: Bytes in a node's name (QEMU's limit).
 NODE_NAME_BYTES = 31
 
+# --- objects ---------------------------------------------------------------------------------
+
+#: A secret's file: far more than any password or key.
+SECRET_BYTES = 1 * MIB
+
 # --- sockets ---------------------------------------------------------------------------------
 
 #: Clients that may wait to be accepted.

@@ -11,6 +11,7 @@ from blockd.block import Graph
 from blockd.events import Bus
 from blockd.job import Jobs
 from blockd.nbd import NbdServer
+from blockd.objects import Objects
 
 
 @dataclass(slots=True)
@@ -27,6 +28,7 @@ class Services:
     stop: Callable[[], None]
     #: The daemon is ending: what would change something is refused.
     ending: bool = False
+    objects: Objects = field(default_factory=Objects)
     #: Held by the command that changes something: one at a time, as in QEMU.
     changes: trio.Lock = field(default_factory=trio.Lock)
     #: Held by the command that computes a bitmap's digest.

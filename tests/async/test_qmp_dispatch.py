@@ -204,7 +204,7 @@ def test_every_declaration_has_its_command() -> None:
         # The common part of several commands has no name.
         if vars(each).get("command")
     }
-    unions = {"blockdev-add", "block-export-add", "block-job-change"}
+    unions = {"blockdev-add", "block-export-add", "block-job-change", "object-add"}
     assert declared | unions == {NEGOTIATION, *(command.name for command in COMMANDS)}
 
 

@@ -20,6 +20,7 @@ from tests.interop.scenarios import (
     jobs,
     meta,
     nodes,
+    objects,
     resize,
     stats,
 )
@@ -34,6 +35,7 @@ SCENARIOS = [
     *backup_options.SCENARIOS,
     *jobs.SCENARIOS,
     *meta.SCENARIOS,
+    *objects.SCENARIOS,
 ]
 
 

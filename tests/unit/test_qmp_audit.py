@@ -40,8 +40,8 @@ class Open(Part, tag_field="type", tag="open", kw_only=True):
 class Sealed(Part, tag_field="type", tag="sealed", kw_only=True):
     """A secret in any form."""
 
-    text_data: base.Secret | None = None
-    more: base.Secret
+    text_data: base.SecretText | None = None
+    more: base.SecretText
 
 
 @pytest.fixture

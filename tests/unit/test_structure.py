@@ -32,6 +32,7 @@ RANK_OF = {
     "blockd.backup": "domain",
     "blockd.backup.plan": "pure",
     "blockd.listener": "edges",
+    "blockd.objects": "domain",
     "blockd.nbd": "edges",
     "blockd.nbd.wire": "pure",
     "blockd.nbd.handshake": "pure",
@@ -52,10 +53,11 @@ RANK_OF = {
 KNOWS: dict[str, set[str]] = {
     "bitmap": set(),
     "job": set(),
-    "block": {"bitmap"},
+    "objects": set(),
+    "block": {"bitmap", "objects"},
     "backup": {"bitmap", "block", "job"},
     "nbd": {"block"},
-    "qmp": {"backup", "bitmap", "block", "job"},
+    "qmp": {"backup", "bitmap", "block", "job", "objects"},
 }
 
 #: Where the two edges meet: what carries the parts of both, and the commands that join them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from blockd.qmp.commands import backup, bitmap, block, export, job, meta, stats
+from blockd.qmp.commands import backup, bitmap, block, export, job, meta, objects, stats
 from blockd.qmp.dispatch import Command
 from blockd.qmp.introspection import Entity, describe
 from blockd.qmp.services import Services
@@ -18,6 +18,7 @@ from blockd.qmp.types import event as event_types
 from blockd.qmp.types import export as export_types
 from blockd.qmp.types import job as job_types
 from blockd.qmp.types import meta as meta_types
+from blockd.qmp.types import objects as object_types
 
 
 def _query_commands(
@@ -35,6 +36,8 @@ COMMANDS = [
     Command.of(meta_types.QueryQmpSchema, _query_qmp_schema),
     Command.of(meta_types.QueryVersion, meta.query_version),
     Command.of(meta_types.Quit, meta.quit_daemon, concurrent=True),
+    Command("object-add", object_types.ObjectAddOptions, objects.object_add),
+    Command.of(object_types.ObjectDel, objects.object_del),
     Command("blockdev-add", blockdev_types.BlockdevOptions, block.blockdev_add),
     Command.of(block_types.BlockdevDel, block.blockdev_del),
     Command.of(block_types.BlockResize, block.block_resize),

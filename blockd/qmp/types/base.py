@@ -43,4 +43,4 @@ UInt32 = Annotated[int, Meta(extra={"c_type": "uint32_t"})]
 UInt64 = Annotated[int, Meta(extra={"c_type": "uint64"})]
 
 #: Text that no log may show.
-Secret = Annotated[str, Meta(extra={"secret": True})]
+SecretText = Annotated[str, Meta(extra={"secret": True})]
