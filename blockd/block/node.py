@@ -49,6 +49,8 @@ class Node:
 
     read_nowait: Callable[[int, memoryview], None]
     write_nowait: Callable[[int, memoryview], None]
+    _write_unwatched: Callable[[int, memoryview], None]
+    _tell_exceeded: Callable[[int], None]
 
     def __init__(self, name: str, driver: Driver) -> None:
         self.name = name
@@ -59,6 +61,8 @@ class Node:
         #: Requests of the async calls, and of the nowait ones as far as their callers tell.
         self.accounts = Accounts()
         self.inline = Inline()
+        #: The byte past which somebody wants to hear of a write; 0 for nobody.
+        self.write_threshold = 0
         self._hooks: tuple[BeforeWrite, ...] = ()
         self._gate = Gate(on_change=self._choose_path)
         self.bitmaps = NodeBitmaps(driver.size_bytes)
@@ -80,13 +84,15 @@ class Node:
 
     def _choose_path(self) -> None:
         if self._gate.closed or self.read_only:
-            self.write_nowait = self._refuse
+            self._write_unwatched = self._refuse
         elif self._hooks:
-            self.write_nowait = self._write_hooked
+            self._write_unwatched = self._write_hooked
         elif self.bitmaps.any_recording:
-            self.write_nowait = self._write_noted
+            self._write_unwatched = self._write_noted
         else:
-            self.write_nowait = self.driver.write_nowait
+            self._write_unwatched = self.driver.write_nowait
+        watched = self.write_threshold and not self._gate.closed
+        self.write_nowait = self._write_watched if watched else self._write_unwatched
 
     def _refuse(self, offset: int, view: memoryview) -> None:
         raise WouldBlock
@@ -106,6 +112,10 @@ class Node:
             if not hook.before_write_nowait(offset, len(view)):
                 raise WouldBlock
         self._write_noted(offset, view)
+
+    def _write_watched(self, offset: int, view: memoryview) -> None:
+        self._look_at_write(offset + len(view))
+        self._write_unwatched(offset, view)
 
     # -- the async paths ---------------------------------------------------------------------
 
@@ -182,12 +192,31 @@ class Node:
         try:
             self._note(offset, length)
             if not discard:
+                self._look_at_write(offset + length)
                 self.accounts.highest = max(self.accounts.highest, offset + length)
             for hook in self._hooks:
                 await hook.before_write(offset, length)
         except BaseException:
             self._gate.leave()
             raise
+
+    # -- its fill ----------------------------------------------------------------------------
+
+    def watch_writes(self, threshold: int, tell: Callable[[int], None]) -> None:
+        """Call ``tell`` before the first write that ends past ``threshold``, with how far past.
+
+        Then nothing is watched for any more; nor is it from now on where ``threshold`` is 0.
+        ``tell`` must neither wait nor raise.
+        """
+        self.write_threshold, self._tell_exceeded = threshold, tell
+        self._choose_path()
+
+    def _look_at_write(self, end: int) -> None:
+        threshold = self.write_threshold
+        if 0 < threshold < end:
+            self.write_threshold = 0
+            self._choose_path()
+            self._tell_exceeded(end - threshold)
 
     # -- its size ----------------------------------------------------------------------------
 

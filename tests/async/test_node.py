@@ -360,3 +360,46 @@ async def test_a_hook_that_has_given_up_may_go_at_any_time(
         assert driver.seen == []
         hook.held.set()
     assert driver.seen == ["write"]
+
+
+# --- a watch on how far writes go -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prepare", ["plain", "bitmap", "hook", "waiting"])
+async def test_a_write_past_the_threshold_is_told_once(
+    node: Node, driver: WatchedDriver, prepare: str
+) -> None:
+    driver.nowait = lambda _: prepare != "waiting"
+    if prepare == "bitmap":
+        node.bitmaps.add("b", BITMAP_GRANULARITY)
+    if prepare == "hook":
+        async with node.quiesced():
+            node.add_hook(Hook([]))
+    told: list[int] = []
+    node.watch_writes(1024, told.append)
+    write = node.write_nowait  # as a burst does, which looks it up once
+    for offset in (0, 512, 513, 514):
+        with suppress(WouldBlock):
+            write(offset, DATA)
+        await node.write(offset, DATA)
+        assert told == ([1] if offset > 512 else [])
+    assert node.write_threshold == 0
+    if prepare == "plain":
+        assert node.write_nowait == driver.write_nowait
+
+
+async def test_no_discard_is_watched(node: Node) -> None:
+    told: list[int] = []
+    node.watch_writes(1, told.append)
+    await node.discard(0, 512)
+    assert not told
+    await node.write_zeroes(0, 512, unmap=True)
+    assert told == [511]
+
+
+async def test_a_watch_leaves_the_gate_shut(node: Node) -> None:
+    async with node.quiesced():
+        node.watch_writes(1, lambda _: None)
+        with pytest.raises(WouldBlock):
+            node.write_nowait(0, DATA)
+        assert node.write_threshold == 1

@@ -70,6 +70,7 @@ def test_answers_and_events_are_as_declared(daemon: Daemon, tmp_path: Path) -> N
         make_everything(checked, tmp_path)
         fail_and_finish_a_backup(checked, daemon, tmp_path)
         cancel_a_backup(checked, tmp_path)
+        exceed_a_threshold(checked, tmp_path)
         for command in ("query-version", "query-commands", "query-qmp-schema", "query-block"):
             checked.do(command)
         checked.do("query-blockstats", query_nodes=True)
@@ -172,3 +173,13 @@ def test_a_node_may_hold_one_of_its_own_kind() -> None:
     below = {part["name"]: part for part in types["RawOptions"]["members"]}["file"]["type"]
     assert below == "BlockdevRef"
     assert {part["type"] for part in types[below]["members"]} == {"str", "NodeOptions"}
+
+
+def exceed_a_threshold(checked: Checked, directory: Path) -> None:
+    (directory / "t.img").write_bytes(bytes(DISK_BYTES))
+    file = {"driver": "file", "filename": str(directory / "t.img")}
+    checked.do("blockdev-add", driver="raw", node_name="t", file=file)
+    checked.do("block-set-write-threshold", node_name="t", write_threshold=1)
+    checked.do("blockdev-backup", job_id="k", device="n", target="t", sync="full")
+    checked.until("BLOCK_WRITE_THRESHOLD")
+    checked.until("JOB_STATUS_CHANGE", id="k", status="null")

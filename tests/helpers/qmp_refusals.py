@@ -127,6 +127,17 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         ("block_resize", {"node-name": "n", "size": wrong}, wrong_type("size", "integer"))
         for wrong in (*_NO_INTEGER, 2**63)
     ],
+    # What becomes of a node's writes.
+    ("block-set-write-threshold", {"write-threshold": 5}, missing("node-name")),
+    ("block-set-write-threshold", {"node-name": "n"}, missing("write-threshold")),
+    *[
+        (
+            "block-set-write-threshold",
+            {"node-name": "n", "write-threshold": wrong},
+            expects("write-threshold", "uint64"),
+        )
+        for wrong in (*_NO_INTEGER, 2**64)
+    ],
     # Objects inside.
     ("blockdev-add", {"driver": "raw", "file": {}}, missing("file.driver")),
     ("blockdev-add", {"driver": "raw", "file": {"driver": "file"}}, missing("file.filename")),

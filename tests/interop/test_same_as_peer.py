@@ -23,12 +23,14 @@ from tests.interop.scenarios import (
     objects,
     resize,
     stats,
+    thresholds,
 )
 
 SCENARIOS = [
     *nodes.SCENARIOS,
     *resize.SCENARIOS,
     *stats.SCENARIOS,
+    *thresholds.SCENARIOS,
     *exports.SCENARIOS,
     *bitmaps.SCENARIOS,
     *backups.SCENARIOS,

@@ -41,6 +41,7 @@ COMMANDS = [
     Command("blockdev-add", blockdev_types.BlockdevOptions, block.blockdev_add),
     Command.of(block_types.BlockdevDel, block.blockdev_del),
     Command.of(block_types.BlockResize, block.block_resize),
+    Command.of(block_types.BlockSetWriteThreshold, block.block_set_write_threshold),
     Command.of(block_types.QueryBlock, block.query_block),
     Command.of(block_types.QueryBlockstats, stats.query_blockstats),
     Command.of(block_types.QueryNamedBlockNodes, block.query_named_block_nodes, concurrent=True),

@@ -10,7 +10,13 @@ from blockd.errors import BlockdError
 from blockd.qmp.commands.openers import OPENERS
 from blockd.qmp.opening import open_node
 from blockd.qmp.services import Services
-from blockd.qmp.types.block import BlockdevDel, BlockResize, QueryBlock, QueryNamedBlockNodes
+from blockd.qmp.types.block import (
+    BlockdevDel,
+    BlockResize,
+    BlockSetWriteThreshold,
+    QueryBlock,
+    QueryNamedBlockNodes,
+)
 from blockd.qmp.types.blockdev import BlockdevOptions
 
 
@@ -33,6 +39,23 @@ async def block_resize(services: Services, arguments: BlockResize) -> None:
         await graph.resize(node, arguments.size)
     except OSError as error:
         raise BlockdError(f"Could not resize file: {error.strerror}") from error
+
+
+def block_set_write_threshold(services: Services, arguments: BlockSetWriteThreshold) -> None:
+    node = services.graph.find(arguments.node_name)
+    if node is None:
+        raise BlockdError(f"Device '{arguments.node_name}' not found")
+    threshold = arguments.write_threshold
+
+    def tell(amount_exceeded: int) -> None:
+        event = {
+            "node-name": node.name,
+            "amount-exceeded": amount_exceeded,
+            "write-threshold": threshold,
+        }
+        services.bus.publish("BLOCK_WRITE_THRESHOLD", event)
+
+    node.watch_writes(threshold, tell)
 
 
 def query_block(_services: Services, _arguments: QueryBlock) -> list[dict[str, Any]]:
@@ -75,12 +98,17 @@ def _describe(node: Node, allocated_bytes: int | None) -> dict[str, Any]:
         "encrypted": False,
         "detect_zeroes": "off",
         "backing_file_depth": 0,
-        "write_threshold": 0,
+        "write_threshold": _as_signed(node.write_threshold),
         "cache": {"writeback": True, "direct": driver.direct, "no-flush": not driver.flushes},
         **dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0),
     }
     bitmaps = [_describe_bitmap(info) for info in node.bitmaps.infos()]
     return described | ({"dirty-bitmaps": bitmaps} if bitmaps else {})
+
+
+def _as_signed(threshold: int) -> int:
+    """As the peer shows it: an unsigned number in a signed member."""
+    return threshold - (1 << 64) if threshold >> 63 else threshold
 
 
 def _describe_bitmap(info: BitmapInfo) -> dict[str, Any]:

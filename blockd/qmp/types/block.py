@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from msgspec import field
 
-from blockd.qmp.types.base import Command, Int64, Object, Query
+from blockd.qmp.types.base import Command, Int64, Object, Query, UInt64
 
 
 class BlockdevDel(Command, kw_only=True):
@@ -29,6 +29,18 @@ class BlockResize(Command, kw_only=True):
     device: str | None = None
     node_name: str | None = None
     size: Int64
+
+
+class BlockSetWriteThreshold(Command, kw_only=True):
+    """Have BLOCK_WRITE_THRESHOLD sent at the next write to a node that ends past a byte.
+
+    ``write-threshold``: that byte; 0 for no event. Once it was sent, it is 0 again.
+    """
+
+    command: ClassVar[str] = "block-set-write-threshold"
+
+    node_name: str
+    write_threshold: UInt64
 
 
 class FileSpecific(Object, kw_only=True):
@@ -85,8 +97,9 @@ class BlockDirtyInfo(Object, kw_only=True):
 class BlockDeviceInfo(Object, kw_only=True):
     """A node. ``file``: its storage. ``ro``: read-only. ``drv``: its driver.
 
-    Nodes have no throttling, encryption, write threshold or backing file, and zeroes are not
-    looked for in what is written: these members always say so.
+    ``write_threshold``: as ``block-set-write-threshold`` set it, 0 once it was exceeded.
+    Nodes have no throttling, encryption or backing file, and zeroes are not looked for in what is
+    written: these members always say so.
     """
 
     file: str

@@ -83,6 +83,19 @@ class BlockExportDeleted(Event, kw_only=True):
     id: str
 
 
+class BlockWriteThreshold(Event, kw_only=True):
+    """A write to a node ends past the threshold that was set for it, by ``amount-exceeded`` bytes.
+
+    Sent before the write; the threshold is gone then, so there is one event for each.
+    """
+
+    event: ClassVar[str] = "BLOCK_WRITE_THRESHOLD"
+
+    node_name: str
+    amount_exceeded: int
+    write_threshold: int
+
+
 EVENTS: list[type[Event]] = [
     JobStatusChange,
     BlockJobPending,
@@ -90,4 +103,5 @@ EVENTS: list[type[Event]] = [
     BlockJobCompleted,
     BlockJobCancelled,
     BlockExportDeleted,
+    BlockWriteThreshold,
 ]
