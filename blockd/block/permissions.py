@@ -63,7 +63,7 @@ class Users:
             if held.user == user and role is not Role.ROOT:
                 continue
             for one, other in ((wanted, held), (held, wanted)):
-                if one.writes and not other.shares_writes:
+                if one.writes and not (other.shares_writes and _may_fill(one, other)):
                     raise self._conflict("write", one, other)
                 if one.resizes and not other.shares_resize:
                     raise self._conflict("resize", one, other)
@@ -94,3 +94,8 @@ class Users:
             f"by {taker.user} (uses node '{name}' as '{taker.role.value}' child) and unshared by "
             f"{keeper.user} (uses node '{name}' as '{keeper.role.value}' child)."
         )
+
+
+def _may_fill(writer: Claim, other: Claim) -> bool:
+    """Guests write to what a job backs up, but no other job overwrites it."""
+    return writer.role is not Role.TARGET or other.role is not Role.SOURCE

@@ -309,3 +309,13 @@ def test_below_are_all_children_each_once(graph: Graph) -> None:
     top = add_overlay(graph, "top", middle, beside)
     assert [node.name for node in graph.below(top)] == ["beside", "base", "middle", "file"]
     assert (top.backing, middle.backing, base.backing) == (middle, base, None)
+
+
+def test_what_a_job_backs_up_no_other_job_overwrites(graph: Graph) -> None:
+    node = add(graph, "n")
+    source = graph.hold(node, "block job 'j'", Role.SOURCE, writes=False, alone=True)
+    graph.hold(node, EXPORT, writes=True).release()
+    with pytest.raises(BlockdError, match="unshared by block job 'j' .uses node 'n' as 'source'"):
+        graph.hold(node, "block job 'k'", Role.TARGET, writes=True)
+    source.release()
+    graph.hold(node, "block job 'k'", Role.TARGET, writes=True).release()

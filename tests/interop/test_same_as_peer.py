@@ -17,6 +17,7 @@ from tests.interop.scenarios import (
     backups,
     bitmaps,
     exports,
+    in_use,
     jobs,
     meta,
     nodes,
@@ -28,6 +29,7 @@ from tests.interop.scenarios import (
 
 SCENARIOS = [
     *nodes.SCENARIOS,
+    *in_use.SCENARIOS,
     *resize.SCENARIOS,
     *stats.SCENARIOS,
     *thresholds.SCENARIOS,

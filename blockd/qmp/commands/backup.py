@@ -157,9 +157,9 @@ def _hold(graph: Graph, arguments: Backup, source: Node, target: Node) -> list[H
         raise BlockdError(f"{words}{error.message}") from None
     try:
         return [held, graph.hold(target, user, Role.TARGET, writes=True)]
-    except BlockdError:
+    except BlockdError as error:
         held.release()
-        raise
+        raise BlockdError(f"Could not create node: {error.message}") from None
 
 
 def _open_target(arguments: DriveBackup, size_bytes: int) -> NewFile:
