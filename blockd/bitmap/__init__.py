@@ -5,7 +5,12 @@ Pure: no clock, no files, no tasks. All calls are plain functions.
 
 from blockd.bitmap.bitmap import DirtyBitmap, Freeze, Pin
 from blockd.bitmap.bits import Bits
-from blockd.bitmap.node_bitmaps import BitmapInfo, NodeBitmaps, default_granularity_bytes
+from blockd.bitmap.node_bitmaps import (
+    BitmapInfo,
+    NodeBitmaps,
+    check_granularity,
+    default_granularity_bytes,
+)
 from blockd.bitmap.states import Frozen, Pinned, Recording, State, Stopped
 
 __all__ = [
@@ -20,5 +25,6 @@ __all__ = [
     "Recording",
     "State",
     "Stopped",
+    "check_granularity",
     "default_granularity_bytes",
 ]

@@ -72,7 +72,7 @@ class NodeBitmaps:
         _check_granularity_type(granularity_bytes)
         if not name:
             raise BlockdError("Bitmap name cannot be empty")
-        _check_granularity(granularity_bytes)
+        check_granularity(granularity_bytes)
         if len(name.encode()) > limits.BITMAP_NAME_BYTES:
             raise BlockdError(f"Bitmap name too long: {name}")
         if name in self._bitmaps:
@@ -160,7 +160,8 @@ def _check_granularity_type(granularity_bytes: int) -> None:
         raise BlockdError("Parameter 'granularity' expects uint32_t")
 
 
-def _check_granularity(granularity_bytes: int) -> None:
+def check_granularity(granularity_bytes: int) -> None:
+    """Raise ``BlockdError`` unless a bitmap may have it: a power of two in its range."""
     if granularity_bytes.bit_count() != 1 or not (
         limits.BITMAP_GRANULARITY_MIN_BYTES
         <= granularity_bytes

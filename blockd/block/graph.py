@@ -228,7 +228,8 @@ class Graph:
         node = self._nodes.get(name)
         if node is None:
             raise BlockdError(f"Failed to find node with node-name='{name}'")
-        if node.users.of(Role.ROOT):
+        # While a job reads a node, the peer's exports are on the filter above it.
+        if node.users.of(Role.ROOT) and not node.users.of(Role.SOURCE):
             raise BlockdError(f"Node {name} is in use")
         node.users.check_no_job(Role.TARGET)
         if node not in self._owned:

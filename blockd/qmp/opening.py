@@ -13,6 +13,7 @@ from typing import Any
 import trio
 
 from blockd.block import Driver, Graph, Node, Role
+from blockd.errors import BlockdError
 from blockd.qmp.types.blockdev import CacheOptions, NodeOptions
 
 
@@ -56,23 +57,34 @@ ROOT = Common(read_only=False, auto_read_only=False, direct=False, flushes=True,
 class Opening:
     """A node that is being opened, as its driver's opener sees it."""
 
-    def __init__(self, openers: Openers, graph: Graph, common: Common) -> None:
+    def __init__(
+        self, openers: Openers, graph: Graph, node_name: str | None, common: Common
+    ) -> None:
         self.common = common
         self.graph = graph
+        self._node_name = node_name
         self._openers = openers
         self._made: list[Node] = []
 
     async def child(self, role: Role, reference: str | NodeOptions) -> Node:
         """The node for ``role``: one that is there, or one that is made and goes with its parent.
 
-        Raises ``BlockdError``.
+        Raises ``BlockdError``. The peer looks at a node's name when it has the node's ``file``.
         """
         if isinstance(reference, str):
-            return self.graph.get(reference, device=reference)
-        common = self.common.inherited(role)
-        node = await open_node(self._openers, self.graph, reference, common, owned=False)
-        self._made.append(node)
+            node = self.graph.get(reference, device=reference)
+        else:
+            common = self.common.inherited(role)
+            node = await open_node(self._openers, self.graph, reference, common, owned=False)
+            self._made.append(node)
+        if role is Role.FILE:
+            self.check_name()
         return node
+
+    def check_name(self) -> None:
+        """Raise ``BlockdError`` unless the node may be called as its options say."""
+        if self._node_name is not None:
+            self.graph.check_name(self._node_name)
 
     async def give_up(self) -> None:
         """Remove the children that were made."""
@@ -94,9 +106,12 @@ async def open_node(
 
     Raises ``BlockdError``; then the graph is as it was.
     """
-    if options.node_name is not None:
-        graph.check_name(options.node_name)
-    opening = Opening(openers, graph, inherited.overridden(options))
+    opening = Opening(openers, graph, options.node_name, inherited.overridden(options))
+    if getattr(options, "filename", None) == "":
+        name = type(options).__struct_config__.tag
+        raise BlockdError(f"The '{name}' block driver requires a file name")
+    if not hasattr(options, "file"):
+        opening.check_name()
     try:
         driver = await openers[type(options)](opening, options)
         try:

@@ -6,7 +6,6 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -16,7 +15,7 @@ from msgspec import inspect
 from blockd.errors import BlockdError
 from blockd.qmp import arguments
 from blockd.qmp.commands import COMMANDS
-from blockd.qmp.dispatch import Command
+from tests.helpers.qmp_mistakes import least_object, structs
 from tests.helpers.qmp_refusals import REFUSALS, declaration_of
 
 # -- what is refused ---------------------------------------------------------------------------
@@ -84,45 +83,10 @@ def test_bitmaps_by_name_and_of_other_nodes() -> None:
 NEVER = 1.5
 
 
-def structs(command: Command) -> Iterator[inspect.StructType]:
-    kind = inspect.type_info(command.declaration)
-    kinds = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
-    for each in kinds:
-        assert isinstance(each, inspect.StructType)
-        yield each
-
-
-def required(struct: inspect.StructType) -> dict[str, Any]:
-    """The least that the command takes."""
-    sent: dict[str, Any] = {} if struct.tag_field is None else {struct.tag_field: struct.tag}
-    return sent | {
-        field.encode_name: example(field.type) for field in struct.fields if field.required
-    }
-
-
-def example(kind: inspect.Type) -> Any:
-    match kind:
-        case inspect.Metadata(type=inner):
-            return example(inner)
-        case inspect.UnionType(types=(first, *_)):
-            return example(first)
-        case inspect.StructType():
-            return required(kind)
-        case inspect.ListType(item_type=item):
-            return [example(item)]
-        case inspect.LiteralType(values=(first, *_)):
-            return first
-        case inspect.StrType():
-            return "x"
-        case inspect.IntType():
-            return 1
-    raise AssertionError(kind)
-
-
 EACH = [
     pytest.param(command.declaration, struct, id=f"{command.name}-{struct.tag or ''}")
     for command in COMMANDS
-    for struct in structs(command)
+    for struct in structs(command.declaration)
 ]
 
 
@@ -134,13 +98,13 @@ def refusal(declaration: Any, sent: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize(("declaration", "struct"), EACH)
 def test_the_least_that_a_command_needs(declaration: Any, struct: inspect.StructType) -> None:
-    assert isinstance(arguments.parse(declaration, required(struct)), struct.cls)
+    assert isinstance(arguments.parse(declaration, least_object(struct)), struct.cls)
 
 
 @pytest.mark.parametrize(("declaration", "struct"), EACH)
 def test_each_missing_member(declaration: Any, struct: inspect.StructType) -> None:
     """Missing is said before unexpected."""
-    complete = required(struct)
+    complete = least_object(struct)
     for name in complete:
         sent = {key: value for key, value in complete.items() if key != name} | {"x-y": 1}
         assert refusal(declaration, sent) == f"Parameter '{name}' is missing"
@@ -148,7 +112,7 @@ def test_each_missing_member(declaration: Any, struct: inspect.StructType) -> No
 
 @pytest.mark.parametrize(("declaration", "struct"), EACH)
 def test_a_member_too_many(declaration: Any, struct: inspect.StructType) -> None:
-    sent = required(struct) | {"x-y": 1}
+    sent = least_object(struct) | {"x-y": 1}
     assert refusal(declaration, sent) == "Parameter 'x-y' is unexpected"
 
 
@@ -158,7 +122,7 @@ def test_each_member_of_a_wrong_type(
     declaration: Any, struct: inspect.StructType, wrong: object
 ) -> None:
     for field in struct.fields:
-        message = refusal(declaration, required(struct) | {field.encode_name: wrong})
+        message = refusal(declaration, least_object(struct) | {field.encode_name: wrong})
         assert message.startswith(
             (
                 f"Invalid parameter type for '{field.encode_name}', expected: ",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import trio
 
-from blockd.bitmap import Bits, DirtyBitmap, default_granularity_bytes
+from blockd.bitmap import Bits, DirtyBitmap, check_granularity, default_granularity_bytes
 from blockd.block import Node
 from blockd.errors import BlockdError
 from blockd.qmp.services import Services
@@ -24,10 +24,13 @@ from blockd.qmp.types.bitmap import (
 
 
 async def add(services: Services, arguments: BlockDirtyBitmapAdd) -> None:
+    if not arguments.name:
+        raise BlockdError("Bitmap name cannot be empty")
     node = services.graph.get(arguments.node, device=arguments.node)
     granularity_bytes = arguments.granularity
     if granularity_bytes is None:
         granularity_bytes = default_granularity_bytes(node.driver.cluster_size_bytes)
+    check_granularity(granularity_bytes)
     if arguments.persistent:
         raise BlockdError(f"Can't store persistent bitmaps to {node.name}: Operation not supported")
     async with node.quiesced():
