@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 #: For starting and for ending in order: far more than either takes, so that it only bounds a hang.
@@ -20,8 +21,11 @@ class Daemon:
     What it logs, over all its lives, is in ``DIRECTORY/blockd.log``.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, program: Sequence[str] = (sys.executable, "-m", "blockd")
+    ) -> None:
         self.directory = directory
+        self.program = program
         self.qmp_path = directory / "qmp.sock"
         self.log_path = directory / "blockd.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -47,7 +51,7 @@ class Daemon:
             notify.bind(str(notify_path))
             with self.log_path.open("ab") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "blockd", "--qmp", f"unix:{self.qmp_path}"],
+                    [*self.program, "--qmp", f"unix:{self.qmp_path}"],
                     env={**os.environ, "NOTIFY_SOCKET": str(notify_path)},
                     stdin=subprocess.DEVNULL,
                     stdout=log,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -25,25 +23,33 @@ class Peer:
         return self._process.pid
 
     def start(self) -> socket.socket:
-        """Start it; a connection to its monitor.
+        """Start it; a connection to its monitor."""
+        return self.start_with_monitors(1)[0]
 
-        The monitor gets a connected socket: a client that connects while the peer starts is
+    def start_with_monitors(self, count: int) -> list[socket.socket]:
+        """Start it; connections to ``count`` monitors.
+
+        Each monitor gets a connected socket: a client that connects while the peer starts is
         sometimes greeted twice or never.
         """
-        ours, theirs = socket.socketpair()
-        program = require_tool("qemu-storage-daemon")
-        chardev = f"socket,id=qmp,fd={theirs.fileno()}"
-        with theirs, (self.directory / "peer.log").open("wb") as log:
+        pairs = [socket.socketpair() for _ in range(count)]
+        options: list[str] = []
+        for number, (_, theirs) in enumerate(pairs):
+            options += ["--chardev", f"socket,id=qmp{number},fd={theirs.fileno()}"]
+            options += ["--monitor", f"chardev=qmp{number}"]
+        with (self.directory / "peer.log").open("wb") as log:
             self._process = subprocess.Popen(
-                [program, "--chardev", chardev, "--monitor", "chardev=qmp"],
-                pass_fds=[theirs.fileno()],
+                [require_tool("qemu-storage-daemon"), *options],
+                pass_fds=[theirs.fileno() for _, theirs in pairs],
                 # Python ignores SIGXFSZ, and so does blockd: a write over the limit is EFBIG.
                 restore_signals=False,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
-        return ours
+        for _, theirs in pairs:
+            theirs.close()
+        return [ours for ours, _ in pairs]
 
     def wait(self) -> int:
         """Wait for the daemon to end; return its exit status. One that hangs is killed."""
@@ -55,6 +61,7 @@ class Peer:
             raise
 
     def kill(self) -> None:
-        """SIGKILL, and wait."""
-        os.kill(self.pid, signal.SIGKILL)
+        """SIGKILL, and wait; nothing happens where it has ended."""
+        assert self._process is not None
+        self._process.kill()
         self.wait()

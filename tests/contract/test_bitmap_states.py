@@ -1,0 +1,104 @@
+"""The published table of a bitmap's states: every command in every state, on a real daemon."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.daemon import Daemon
+from tests.helpers.qmp_client import QmpClient, QmpError
+
+TABLE = json.loads((Path(__file__).parents[2] / "protocol" / "states" / "bitmap.json").read_text())
+STATES: dict[str, dict[str, bool]] = TABLE["states"]
+NEXT: dict[str, dict[str, str | None]] = TABLE["next"]
+
+#: More than a job copies before it sleeps for its speed limit.
+DISK_BYTES = 3 << 20
+BACKUP = {"job-id": "j", "device": "n", "target": "t", "sync": "full", "speed": 1}
+BITMAP = {"node": "n", "name": "b"}
+
+#: What is sent for each entry of the table.
+COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        name: (name, BITMAP)
+        for name in (
+            *(f"block-dirty-bitmap-{verb}" for verb in ("enable", "disable", "clear", "remove")),
+            "x-debug-block-dirty-bitmap-sha256",
+        )
+    },
+    "block-dirty-bitmap-merge, target": (
+        "block-dirty-bitmap-merge",
+        {"node": "n", "target": "b", "bitmaps": ["other"]},
+    ),
+    "block-dirty-bitmap-merge, source": (
+        "block-dirty-bitmap-merge",
+        {"node": "n", "target": "other", "bitmaps": ["b"]},
+    ),
+    "blockdev-backup": (
+        "blockdev-backup",
+        {**BACKUP, "job-id": "k", "target": "u", "bitmap": "b", "bitmap-mode": "never"}
+        | {"sync": "bitmap"},
+    ),
+    "job-cancel": ("job-cancel", {"id": "j"}),
+}
+
+
+@pytest.fixture
+def client(daemon: Daemon, tmp_path: Path) -> Iterator[QmpClient]:
+    with QmpClient(daemon.qmp_path) as client:
+        for name in ("n", "t", "u"):
+            (tmp_path / name).write_bytes(b"x" * DISK_BYTES)
+            file = {"driver": "file", "filename": str(tmp_path / name)}
+            client.execute("blockdev-add", {"driver": "raw", "node-name": name, "file": file})
+        client.execute("block-dirty-bitmap-add", {"node": "n", "name": "other"})
+        yield client
+
+
+def put_in_state(client: QmpClient, state: str) -> None:
+    disabled = not STATES[state]["recording"]
+    client.execute("block-dirty-bitmap-add", {**BITMAP, "disabled": disabled})
+    if STATES[state]["busy"]:
+        client.execute("blockdev-backup", {**BACKUP, "bitmap": "b", "bitmap-mode": "on-success"})
+
+
+def state_of(client: QmpClient) -> str | None:
+    nodes = {node["node-name"]: node for node in client.execute("query-named-block-nodes")}
+    bitmaps = {bitmap.get("name"): bitmap for bitmap in nodes["n"]["dirty-bitmaps"]}
+    if "b" not in bitmaps:
+        return None
+    shown = {flag: bitmaps["b"][flag] for flag in ("recording", "busy")}
+    return next(state for state, flags in STATES.items() if flags == shown)
+
+
+def test_the_table_knows_the_commands() -> None:
+    assert STATES.keys() == NEXT.keys()
+    assert {command for row in NEXT.values() for command in row} == COMMANDS.keys()
+
+
+def tidy_up(client: QmpClient) -> None:
+    for job in client.execute("query-jobs"):
+        client.execute("job-cancel", {"id": job["id"]})
+    if state_of(client) is not None:
+        client.execute("block-dirty-bitmap-remove", BITMAP)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_every_command_in_every_state(state: str, client: QmpClient) -> None:
+    for entry, (command, arguments) in COMMANDS.items():
+        put_in_state(client, state)
+        assert state_of(client) == state
+        if entry in NEXT[state]:
+            client.execute(command, arguments)
+            assert state_of(client) == NEXT[state][entry], entry
+        else:
+            with pytest.raises(QmpError) as refused:
+                client.execute(command, arguments)
+            in_use = "Bitmap 'b' is currently in use by another operation and cannot be used"
+            no_job = "Job not found"
+            assert refused.value.description == (no_job if entry == "job-cancel" else in_use)
+            assert state_of(client) == state, entry
+        tidy_up(client)
