@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
-from blockd.nbd.handshake import ExportInfo, NeedData, SoftDisconnect, Step, Transmission
-from blockd.nbd.wire import Info, Option, Rep
+from blockd.nbd.handshake import NeedData, SoftDisconnect, Step, Transmission
+from blockd.nbd.wire import Info, Option, Rep, TransmissionFlag
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.nbd_codec import ExportReply, NbdError
 from tests.helpers.nbd_handshake import DISK, GREETING, PLAIN, Server, converse
-
-
-def options(*texts: str) -> bytes:
-    """What a client sends: the magic, then option, length and data."""
-    return b"".join(bytes.fromhex("49484156454f5054" + text) for text in texts)
-
-
-def replies(*texts: str) -> bytes:
-    """What a server answers: the magic, then option, type, length and data."""
-    return b"".join(bytes.fromhex("0003e889045565a9" + text) for text in texts)
+from tests.helpers.vectors import load, named
 
 
 def refusal(action: Callable[[NbdClient], object]) -> Callable[[NbdClient], object]:
@@ -33,10 +25,6 @@ def refusal(action: Callable[[NbdClient], object]) -> Callable[[NbdClient], obje
         return caught.value.code, caught.value.message
 
     return refused
-
-
-def hexed(text: str) -> str:
-    return text.encode().hex()
 
 
 @dataclass
@@ -51,166 +39,114 @@ class Case:
     result: object
 
 
-def waits(_: bytes) -> Step:
-    return NeedData()
-
-
-def transmission(
-    export: ExportInfo, reply: bytes, *, structured: bool = False
-) -> Callable[[bytes], Step]:
-    return lambda early: Transmission(export, structured, reply, early)
-
-
-INFO_NAME = "00000003 00000005 0001" + hexed("exp")
-INFO_DESCRIPTION = "00000003 0000000b 0002" + hexed("the descr")
-INFO_SIZES = "00000003 0000000e 0003 00000001 00001000 02000000"
-INFO_EXPORT = "00000003 0000000c 0000 0000000000100000 0d6d"
-ACK = "00000001 00000000"
-
-GO_REPLY = replies(
-    *("00000007" + text for text in (INFO_DESCRIPTION, INFO_SIZES, INFO_EXPORT, ACK))
-)
-GO_STRUCTURED = replies(
-    *("00000007" + text for text in (INFO_DESCRIPTION, INFO_SIZES)),
-    "00000007 00000003 0000000c 0000 0000000000100000 0ded",
-    "00000007" + ACK,
-)
-
-
 def go_structured(client: NbdClient) -> object:
     client.structured_replies()
     return client.go("exp")
 
 
-CASES = {
-    "list": Case(
-        3,
-        options("00000003 00000000"),
-        replies(
-            "00000003 00000002 00000010 00000003" + hexed("exp") + hexed("the descr"),
-            "00000003 00000002 00000004 00000000",
-            "00000003" + ACK,
-        ),
-        waits,
-        NbdClient.list_exports,
-        [("exp", "the descr"), ("", "")],
-    ),
-    "info, everything asked for": Case(
-        3,
-        options("00000006 0000000f 00000003" + hexed("exp") + "0003 0001 0002 0003"),
-        replies(
-            *("00000006" + t for t in (INFO_NAME, INFO_DESCRIPTION, INFO_SIZES, INFO_EXPORT, ACK))
-        ),
-        waits,
+TOLD_ALL = ExportReply(1 << 20, 0xD6D, "exp", "the descr", (1, 4096, 1 << 25))
+TOLD_SOME = ExportReply(1 << 20, 0xD6D, None, "the descr", (1, 4096, 1 << 25))
+
+#: For each published handshake the client's call that leads it, and what the client makes of it.
+CALLS: dict[str, tuple[Callable[[NbdClient], object], object]] = {
+    "list": (NbdClient.list_exports, [("exp", "the descr"), ("", "")]),
+    "info, everything asked for": (
         lambda client: client.info("exp", *list(Info)[1:]),
-        ExportReply(1 << 20, 0xD6D, "exp", "the descr", (1, 4096, 1 << 25)),
+        TOLD_ALL,
     ),
-    "info, asked twice and for the unknown": Case(
-        3,
-        options("00000006 0000000f 00000003" + hexed("exp") + "0003 0001 0001 004d"),
-        replies(
-            *("00000006" + t for t in (INFO_NAME, INFO_DESCRIPTION, INFO_SIZES, INFO_EXPORT, ACK))
-        ),
-        waits,
+    "info, asked twice and for the unknown": (
         lambda client: client.info("exp", 1, 1, 77),
-        ExportReply(1 << 20, 0xD6D, "exp", "the descr", (1, 4096, 1 << 25)),
+        TOLD_ALL,
     ),
-    "info, empty name, no description": Case(
-        3,
-        options("00000006 00000008 00000000 0001 0001"),
-        replies(
-            "00000006 00000003 00000002 0001",
-            "00000006 00000003 0000000e 0003 00000200 00010000 ffffffff",
-            "00000006 00000003 0000000c 0000 7ffffffffffffe00 0003",
-            "00000006" + ACK,
-        ),
-        waits,
+    "info, empty name, no description": (
         lambda client: client.info("", Info.NAME),
         ExportReply(2**63 - 512, 3, "", None, (512, 65536, 2**32 - 1)),
     ),
-    "go": Case(
-        3,
-        options("00000007 00000009 00000003" + hexed("exp") + "0000"),
-        GO_REPLY,
-        transmission(DISK, GO_REPLY),
-        lambda client: client.go("exp"),
-        ExportReply(1 << 20, 0xD6D, None, "the descr", (1, 4096, 1 << 25)),
-    ),
-    "structured replies, go": Case(
-        3,
-        options("00000008 00000000", "00000007 00000009 00000003" + hexed("exp") + "0000"),
-        replies("00000008" + ACK) + GO_STRUCTURED,
-        transmission(DISK, GO_STRUCTURED, structured=True),
-        go_structured,
-        ExportReply(1 << 20, 0xDED, None, "the descr", (1, 4096, 1 << 25)),
-    ),
-    "export name, without zeroes": Case(
-        2,
-        options("00000001 00000003" + hexed("exp")),
-        bytes.fromhex("0000000000100000 0d6d"),
-        transmission(DISK, bytes.fromhex("0000000000100000 0d6d")),
+    "go": (lambda client: client.go("exp"), TOLD_SOME),
+    "structured replies, go": (go_structured, TOLD_SOME._replace(flags=0xDED)),
+    "export name, without zeroes": (
         lambda client: client.export_name("exp"),
         ExportReply(1 << 20, 0xD6D),
     ),
-    "export name, with zeroes": Case(
-        0,
-        options("00000001 00000003" + hexed("exp")),
-        bytes.fromhex("0000000000100000 0d6d") + bytes(124),
-        transmission(DISK, bytes.fromhex("0000000000100000 0d6d") + bytes(124)),
+    "export name, with zeroes": (
         lambda client: client.export_name("exp"),
         ExportReply(1 << 20, 0xD6D),
     ),
-    "default export, fixed newstyle, with zeroes": Case(
-        1,
-        options("00000001 00000000"),
-        bytes.fromhex("7ffffffffffffe00 0003") + bytes(124),
-        transmission(PLAIN, bytes.fromhex("7ffffffffffffe00 0003") + bytes(124)),
+    "default export, fixed newstyle, with zeroes": (
         lambda client: client.export_name(""),
         ExportReply(2**63 - 512, 3),
     ),
-    "abort": Case(
-        3,
-        options("00000002 00000000"),
-        replies("00000002" + ACK),
-        lambda _: SoftDisconnect(replies("00000002" + ACK)),
-        lambda client: client.option(Option.ABORT),
-        [],
-    ),
-    "abort with data": Case(
-        3,
-        options("00000002 00000003 616263"),
-        replies("00000002" + ACK),
-        lambda _: SoftDisconnect(replies("00000002" + ACK)),
-        lambda client: client.option(Option.ABORT, b"abc"),
-        [],
-    ),
-    "no such export": Case(
-        3,
-        options("00000007 0000000a 00000004" + hexed("nope") + "0000"),
-        replies("00000007 80000006 00000019" + hexed("export 'nope' not present")),
-        waits,
+    "abort": (lambda client: client.option(Option.ABORT), []),
+    "abort with data": (lambda client: client.option(Option.ABORT, b"abc"), []),
+    "no such export": (
         refusal(lambda client: client.go("nope")),
         (Rep.ERR_UNKNOWN, "export 'nope' not present"),
     ),
-    "TLS": Case(
-        3,
-        options("00000005 00000000"),
-        replies("00000005 80000002 00000012" + hexed("TLS not configured")),
-        waits,
+    "TLS": (
         refusal(lambda client: client.option(Option.STARTTLS)),
         (Rep.ERR_POLICY, "TLS not configured"),
     ),
-    "unknown option": Case(
-        3,
-        options("00000063 00000003 616263"),
-        replies("00000063 80000001 00000021" + hexed("Unsupported option 99 (<unknown>)")),
-        waits,
+    "unknown option": (
         refusal(lambda client: client.option(99, b"abc")),
         (Rep.ERR_UNSUP, "Unsupported option 99 (<unknown>)"),
     ),
 }
 
+
+def bytes_of(messages: Iterable[dict[str, str]]) -> bytes:
+    return b"".join(bytes.fromhex(message["hex"]) for message in messages)
+
+
+def end_of(vector: dict[str, Any]) -> Callable[[bytes], Step]:
+    """How the server stands when the conversation is over."""
+    if vector["then"] == "more options":
+        return lambda _: NeedData()
+    messages = vector["messages"]
+    last = max(number for number, each in enumerate(messages) if each["from"] == "client")
+    reply = bytes_of(messages[last + 1 :])
+    if vector["then"] == "closed":
+        return lambda _: SoftDisconnect(reply)
+    export = {each.name: each for each in (DISK, PLAIN)}[vector["export"]]
+    return lambda early: Transmission(export, vector["structured-replies"], reply, early)
+
+
+def case_of(vector: dict[str, Any]) -> Case:
+    flags, *client = (each for each in vector["messages"] if each["from"] == "client")
+    server = (each for each in vector["messages"] if each["from"] == "server")
+    return Case(
+        int(flags["hex"], 16),
+        bytes_of(client),
+        bytes_of(server),
+        end_of(vector),
+        *CALLS[vector["name"]],
+    )
+
+
+CASES = {
+    name: case_of(vector) for name, vector in named("nbd/handshake.json", "handshakes").items()
+}
+
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def test_the_published_server_is_the_one_that_is_asked() -> None:
+    published = load("nbd/handshake.json")
+    assert bytes.fromhex(published["greeting"]["hex"]) == GREETING
+    assert published["exports"] == [
+        {
+            "name": export.name,
+            "description": export.description,
+            "size": export.size_bytes,
+            "flags": export.flags | TransmissionFlag.HAS_FLAGS,
+            "block-sizes": [
+                export.minimum_block_bytes,
+                export.preferred_block_bytes,
+                export.maximum_block_bytes,
+            ],
+        }
+        for export in (DISK, PLAIN)
+    ]
+    assert CASES.keys() == CALLS.keys()
 
 
 @each_case

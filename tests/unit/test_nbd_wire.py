@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import struct
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 from hypothesis import given
@@ -13,51 +13,25 @@ from hypothesis import strategies as st
 
 from blockd import limits
 from blockd.nbd import wire
-from blockd.nbd.wire import Cmd, CmdFlag, Errno, ProtocolError, Rep, Request
+from blockd.nbd.wire import Cmd, Errno, ProtocolError, Rep, Request
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.nbd_codec import Call, NbdError, request_bytes
 from tests.helpers.nbd_handshake import GREETING
-
-COOKIE = 0x1122334455667788
+from tests.helpers.vectors import named
 
 # --- requests --------------------------------------------------------------------------------
 
+
+def request_of(vector: dict[str, Any]) -> tuple[str, Call, Request]:
+    fields = [vector[name] for name in ("flags", "type", "cookie", "offset", "length")]
+    data = bytes.fromhex(vector.get("data", ""))
+    flags, kind, _, offset, length = fields
+    call = Call(kind, offset, 0 if data else length, flags, data)
+    return vector["hex"], call, Request(*fields)
+
+
 REQUESTS = {
-    "read": (
-        "25609513 0000 0000 1122334455667788 0000000000001000 00000200",
-        Call(Cmd.READ, 4096, 512),
-        Request(0, 0, COOKIE, 4096, 512),
-    ),
-    "write with FUA": (
-        "25609513 0001 0001 1122334455667788 0000000000000007 00000003 616263",
-        Call(Cmd.WRITE, 7, flags=CmdFlag.FUA, data=b"abc"),
-        Request(1, 1, COOKIE, 7, 3),
-    ),
-    "disconnect": (
-        "25609513 0000 0002 1122334455667788 0000000000000000 00000000",
-        Call(Cmd.DISC),
-        Request(0, 2, COOKIE, 0, 0),
-    ),
-    "flush": (
-        "25609513 0000 0003 1122334455667788 0000000000000000 00000000",
-        Call(Cmd.FLUSH),
-        Request(0, 3, COOKIE, 0, 0),
-    ),
-    "trim at the highest numbers": (
-        "25609513 0000 0004 1122334455667788 ffffffffffffffff ffffffff",
-        Call(Cmd.TRIM, 2**64 - 1, 2**32 - 1),
-        Request(0, 4, COOKIE, 2**64 - 1, 2**32 - 1),
-    ),
-    "write zeroes, no hole, fast": (
-        "25609513 0012 0006 1122334455667788 0000000100000000 00010000",
-        Call(Cmd.WRITE_ZEROES, 2**32, 65536, CmdFlag.NO_HOLE | CmdFlag.FAST_ZERO),
-        Request(0x12, 6, COOKIE, 2**32, 65536),
-    ),
-    "unknown command and flags": (
-        "25609513 8000 ffff 1122334455667788 0000000000000000 00000000",
-        Call(0xFFFF, flags=0x8000),
-        Request(0x8000, 0xFFFF, COOKIE, 0, 0),
-    ),
+    name: request_of(vector) for name, vector in named("nbd/requests.json", "requests").items()
 }
 
 each_request = pytest.mark.parametrize(
@@ -140,62 +114,44 @@ def offset_hole(offset: int, length: int, flags: int = wire.DONE) -> bytes:
 
 
 READ = Call(Cmd.READ, 0x1000, 4)
-WRITE = Call(Cmd.WRITE, 0, data=b"abc")
+
+#: Each published reply as our server makes it.
+MADE = {
+    "write": simple(),
+    "read": simple() + b"q\0\0r",
+    "an error without text": wire.error_reply(1, errno.ENOSPC, "lost", structured=False),
+    "none": wire.none_chunk(1),
+    "read of nothing": wire.none_chunk(1),
+    "offset-data": offset_data(0x1000, b"q\0\0r"),
+    "offset-hole": offset_hole(0x1000, 4),
+    "a hole, then data, then the end": offset_hole(0x1001, 3, flags=0)
+    + offset_data(0x1000, b"q", flags=0)
+    + wire.none_chunk(1),
+    "error": wire.error_reply(1, errno.EINVAL, PAST_THE_END, structured=True),
+    "error-offset after some data": offset_data(0x1000, b"q", flags=0)
+    + wire.error_reply(1, errno.EIO, "bad", structured=True, offset=0x1001),
+}
+
+
+def exchange_of(vector: dict[str, Any]) -> Exchange:
+    request, error = vector["request"], vector.get("error")
+    kind, length = request["type"], request["length"]
+    if kind == Cmd.WRITE:
+        call = Call(kind, request["offset"], data=bytes(length))
+    else:
+        call = Call(kind, request["offset"], length)
+    return Exchange(
+        call,
+        vector["hex"],
+        MADE[vector["name"]],
+        bytes.fromhex(vector["data"])
+        if error is None
+        else (Errno(error["number"]), error["message"]),
+    )
+
 
 EXCHANGES = {
-    "write": Exchange(WRITE, "67446698 00000000 0000000000000001", simple(), b""),
-    "read": Exchange(
-        READ, "67446698 00000000 0000000000000001 71000072", simple() + b"q\0\0r", b"q\0\0r"
-    ),
-    "an error without text": Exchange(
-        WRITE,
-        "67446698 0000001c 0000000000000001",
-        wire.error_reply(1, errno.ENOSPC, "lost", structured=False),
-        (Errno.ENOSPC, ""),
-    ),
-    "none": Exchange(
-        WRITE, "668e33ef 0001 0000 0000000000000001 00000000", wire.none_chunk(1), b""
-    ),
-    "read of nothing": Exchange(
-        Call(Cmd.READ),
-        "668e33ef 0001 0000 0000000000000001 00000000",
-        wire.none_chunk(1),
-        b"",
-    ),
-    "offset-data": Exchange(
-        READ,
-        "668e33ef 0001 0001 0000000000000001 0000000c 0000000000001000 71000072",
-        offset_data(0x1000, b"q\0\0r"),
-        b"q\0\0r",
-    ),
-    "offset-hole": Exchange(
-        READ,
-        "668e33ef 0001 0002 0000000000000001 0000000c 0000000000001000 00000004",
-        offset_hole(0x1000, 4),
-        bytes(4),
-    ),
-    "a hole, then data, then the end": Exchange(
-        READ,
-        "668e33ef 0000 0002 0000000000000001 0000000c 0000000000001001 00000003"
-        "668e33ef 0000 0001 0000000000000001 00000009 0000000000001000 71"
-        "668e33ef 0001 0000 0000000000000001 00000000",
-        offset_hole(0x1001, 3, flags=0) + offset_data(0x1000, b"q", flags=0) + wire.none_chunk(1),
-        b"q\0\0\0",
-    ),
-    "error": Exchange(
-        Call(Cmd.READ, 1 << 20, 1),
-        "668e33ef 0001 8001 0000000000000001 0000003e 00000016 0038" + PAST_THE_END.encode().hex(),
-        wire.error_reply(1, errno.EINVAL, PAST_THE_END, structured=True),
-        (Errno.EINVAL, PAST_THE_END),
-    ),
-    "error-offset after some data": Exchange(
-        READ,
-        "668e33ef 0000 0001 0000000000000001 00000009 0000000000001000 71"
-        "668e33ef 0001 8002 0000000000000001 00000011 00000005 0003 626164 0000000000001001",
-        offset_data(0x1000, b"q", flags=0)
-        + wire.error_reply(1, errno.EIO, "bad", structured=True, offset=0x1001),
-        (Errno.EIO, "bad"),
-    ),
+    name: exchange_of(vector) for name, vector in named("nbd/replies.json", "replies").items()
 }
 
 each_exchange = pytest.mark.parametrize("exchange", EXCHANGES.values(), ids=EXCHANGES.keys())
@@ -230,6 +186,10 @@ def client_result(call: Call, reply: bytes, *, structured: bool, piece: int = 2*
         result = error.code, error.message
     assert script.data in {b"", b"trailing"}
     return result
+
+
+def test_the_server_makes_each_of_them() -> None:
+    assert MADE.keys() == EXCHANGES.keys()
 
 
 @each_exchange
