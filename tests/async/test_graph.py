@@ -315,7 +315,7 @@ def test_what_a_job_backs_up_no_other_job_overwrites(graph: Graph) -> None:
     node = add(graph, "n")
     source = graph.hold(node, "block job 'j'", Role.SOURCE, writes=False, alone=True)
     graph.hold(node, EXPORT, writes=True).release()
-    with pytest.raises(BlockdError, match="unshared by block job 'j' .uses node 'n' as 'source'"):
+    with pytest.raises(BlockdError, match=r"unshared by block job 'j' .uses node 'n' as 'source'"):
         graph.hold(node, "block job 'k'", Role.TARGET, writes=True)
     source.release()
     graph.hold(node, "block job 'k'", Role.TARGET, writes=True).release()

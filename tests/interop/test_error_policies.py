@@ -12,7 +12,7 @@ from tests.helpers.error_policies import IO_STATUS, POLICIES, events_of, told
 from tests.helpers.peer import Peer
 from tests.helpers.scenario import Do, Scenario, Step, do
 from tests.helpers.tidy import Message
-from tests.interop.scenarios.words import ENDED, backup, file, node, status
+from tests.interop.words import ENDED, backup, file, node, status
 
 SECTOR_OF_1_MIB = 2048
 

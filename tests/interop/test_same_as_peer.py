@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
@@ -12,34 +14,12 @@ from tests.helpers.peer import Peer
 from tests.helpers.scenario import Differs, Scenario, Step, do
 from tests.helpers.tidy import Message
 from tests.helpers.tools import require_tool
-from tests.interop.scenarios import (
-    backup_options,
-    backups,
-    bitmaps,
-    exports,
-    in_use,
-    jobs,
-    meta,
-    nodes,
-    objects,
-    resize,
-    stats,
-    thresholds,
-)
+from tests.interop import scenarios
 
-SCENARIOS = [
-    *nodes.SCENARIOS,
-    *in_use.SCENARIOS,
-    *resize.SCENARIOS,
-    *stats.SCENARIOS,
-    *thresholds.SCENARIOS,
-    *exports.SCENARIOS,
-    *bitmaps.SCENARIOS,
-    *backups.SCENARIOS,
-    *backup_options.SCENARIOS,
-    *jobs.SCENARIOS,
-    *meta.SCENARIOS,
-    *objects.SCENARIOS,
+SCENARIOS: list[Scenario] = [
+    scenario
+    for module in iter_modules(scenarios.__path__, f"{scenarios.__name__}.")
+    for scenario in import_module(module.name).SCENARIOS
 ]
 
 

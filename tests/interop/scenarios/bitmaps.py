@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.helpers.scenario import MIB, Bitmaps, Do, Scenario, Write, do
-from tests.interop.scenarios.words import (
+from tests.interop.words import (
     GUEST_DISKS,
     bitmap,
     each_bitmap_command,

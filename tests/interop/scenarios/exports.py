@@ -18,7 +18,7 @@ from tests.helpers.scenario import (
     Write,
     do,
 )
-from tests.interop.scenarios.words import (
+from tests.interop.words import (
     bitmap,
     delete,
     export,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from tests.helpers.scenario import MIB, Asleep, Differs, Do, Scenario, Step, do
 from tests.helpers.tidy import Message
-from tests.interop.scenarios.words import (
+from tests.interop.words import (
     backup,
     bitmap,
     delete,

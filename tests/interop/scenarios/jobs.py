@@ -15,7 +15,7 @@ from tests.helpers.scenario import (
     Write,
     do,
 )
-from tests.interop.scenarios.words import (
+from tests.interop.words import (
     DISKS,
     ENDED,
     GUEST_DISKS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.helpers.scenario import Differs, Scenario, do
-from tests.interop.scenarios.words import (
+from tests.interop.words import (
     backup,
     delete,
     export,

@@ -15,7 +15,7 @@ from tests.helpers.scenario import (
     Scenario,
     do,
 )
-from tests.interop.scenarios.words import (
+from tests.interop.words import (
     CLUSTER,
     DISKS,
     GUEST_DISKS,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tests.helpers.scenario import MIB, Connect, Differs, Scenario, Stage, Write, do
 from tests.helpers.tidy import Message
-from tests.interop.scenarios.words import DISKS, ENDED, GUEST_DISKS, backup, export, file, node
+from tests.interop.words import DISKS, ENDED, GUEST_DISKS, backup, export, file, node
 
 STATS = do("query-blockstats", query_nodes=True)
 SPECIFIC = ("discard-nb-ok", "discard-nb-failed", "discard-bytes-ok")

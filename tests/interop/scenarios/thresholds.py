@@ -18,7 +18,7 @@ from tests.helpers.scenario import (
     do,
 )
 from tests.helpers.tidy import Message
-from tests.interop.scenarios.words import (
+from tests.interop.words import (
     DISKS,
     ENDED,
     GUEST_DISKS,
