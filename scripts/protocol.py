@@ -29,7 +29,8 @@ _INTRODUCTION = """\
 
 Generated from the declarations that blockd checks commands with; `schema.json` is the same for
 programs. Members are in the order in which they are checked. A member that is optional has its
-default, if it has one, in parentheses; it may be left out, but is never `null`.
+default, if it has one, in parentheses; it may be left out, but is not `null` unless its type says
+so.
 """
 
 _ERRORS = """\
@@ -143,7 +144,7 @@ class Reference:
             line = f"- `{member['name']}`: {self._spell(member['type'])}"
             if "default" in member:
                 line += ", optional"
-                if (default := defaults[member["name"]]) is not None:
+                if (default := defaults[member["name"]]) not in (None, msgspec.UNSET):
                     line += f" (`{json.dumps(default)}`)"
             yield line
         if entity["members"]:

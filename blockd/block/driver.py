@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
@@ -58,6 +58,14 @@ class Driver(ABC):
     def children(self) -> Mapping[Role, Node]:
         """The nodes that this one stands on, by how it uses them; the graph claims them."""
         return {}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it is made from, as QEMU's pseudo-protocol "json:" names it.
+
+        A file name is there where that is all that matters, and not in a driver with children.
+        """
+        return {"driver": self.name, "filename": self.filename}
 
     @property
     def path(self) -> str | None:

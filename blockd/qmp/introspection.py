@@ -17,6 +17,7 @@ _BUILTINS: dict[type[inspect.Type], tuple[str, str]] = {
     inspect.StrType: ("str", "string"),
     inspect.IntType: ("int", "int"),
     inspect.BoolType: ("bool", "boolean"),
+    inspect.NoneType: ("null", "null"),
     inspect.AnyType: ("any", "value"),
 }
 

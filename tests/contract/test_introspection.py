@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from blockd.qmp.commands import COMMANDS, schema
-from blockd.qmp.types.base import Nothing
+from blockd.qmp.introspection import describe
+from blockd.qmp.types.base import Command, Nothing
+from blockd.qmp.types.blockdev import BlockdevRefOrNull
 from blockd.qmp.types.event import EVENTS
 from blockd.qmp.types.introspection import SchemaEntity
 from tests.helpers.daemon import Daemon
@@ -166,6 +169,19 @@ def test_commands_and_events_are_the_ones_there_are(daemon: Daemon) -> None:
     assert told == schema()
     assert {each["name"] for each in told if each["meta-type"] == "command"} == commands
     assert {each["name"] for each in told if each["meta-type"] == "event"} == DATA.keys()
+
+
+def test_null_is_a_type_where_it_has_a_meaning() -> None:
+    class Image(Command, kw_only=True):
+        backing: BlockdevRefOrNull | UnsetType = UNSET
+
+    entities = {entity["name"]: entity for entity in describe({"make-image": Image}, [])}
+    choice = entities["BlockdevRefOrNull"]
+    assert entities["Image"]["members"] == [
+        {"name": "backing", "type": "BlockdevRefOrNull", "default": None}
+    ]
+    assert {part["type"] for part in choice["members"]} == {"str", "null", "NodeOptions"}
+    assert entities["null"] == {"name": "null", "meta-type": "builtin", "json-type": "null"}
 
 
 def test_a_node_may_hold_one_of_its_own_kind() -> None:

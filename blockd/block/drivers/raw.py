@@ -55,9 +55,17 @@ class RawDriver(Driver):
         self.direct = direct
         self.flushes = flushes
         self._unmap = unmap
-        self._options = _options(child.driver, offset_bytes, size_bytes)
-        plain = "filename" in self._options["file"] and len(self._options) == 2
-        self.filename = child.driver.filename if plain else f"json:{json.dumps(self._options)}"
+        plain = "filename" in child.driver.options and self.follows_child_size
+        self.filename = child.driver.filename if plain else f"json:{json.dumps(self.options)}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        # In QEMU's order.
+        options: dict[str, Any] = {"offset": self.offset_bytes} if self.offset_bytes else {}
+        options["driver"] = self.name
+        if self._fixed_size_bytes is not None:
+            options["size"] = self._fixed_size_bytes
+        return options | {"file": self.child.driver.options}
 
     @property
     def children(self) -> Mapping[Role, Node]:
@@ -120,14 +128,3 @@ class RawDriver(Driver):
 
     async def close(self) -> None:
         """The child is a node of its own and is closed as one."""
-
-
-def _options(below: Driver, offset_bytes: int, size_bytes: int | None) -> dict[str, Any]:
-    """The driver as QEMU's pseudo-protocol "json:" names it, in QEMU's order."""
-    options: dict[str, Any] = {"offset": offset_bytes} if offset_bytes else {}
-    options["driver"] = "raw"
-    if size_bytes is not None:
-        options["size"] = size_bytes
-    if isinstance(below, RawDriver):
-        return options | {"file": below._options}  # noqa: SLF001 - one class
-    return options | {"file": {"driver": below.name, "filename": below.filename}}

@@ -56,3 +56,5 @@ class RawOptions(NodeOptions, tag_field="driver", tag="raw", kw_only=True):
 BlockdevOptions = RawOptions | FileOptions | HostDeviceOptions
 #: A node by name, or one to be made with the node that needs it.
 BlockdevRef = Annotated[str | BlockdevOptions, Meta(title="BlockdevRef")]
+#: The same, or null for none, where to leave it out means that the image says which.
+BlockdevRefOrNull = Annotated[str | BlockdevOptions | None, Meta(title="BlockdevRefOrNull")]
