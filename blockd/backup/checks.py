@@ -27,7 +27,7 @@ def plan_backup(
         # No driver here writes compressed clusters. QEMU names a device here, which none is.
         raise BlockdError("Compression is not supported for this drive ")
     for node in (source, target):
-        node.users.check_no_job(Role.TARGET)
+        node.users.check_not_busy(Role.TARGET)
     performance = request.performance
     performance.check_bounds()
     if source.size_bytes != target.size_bytes:

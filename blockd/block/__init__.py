@@ -13,12 +13,15 @@ from blockd.block.drivers.opening import (
     open_file,
 )
 from blockd.block.drivers.raw import RawDriver
-from blockd.block.graph import Graph, Hold
+from blockd.block.graph import Graph
+from blockd.block.holds import Follower, Hold
+from blockd.block.inflight import Gate
 from blockd.block.node import BeforeWrite, Node
-from blockd.block.permissions import Claim, Role, Users
+from blockd.block.permissions import Access, Claim, Perm, Role
 
 __all__ = [
     "SECTOR_BYTES",
+    "Access",
     "Accounts",
     "Allocation",
     "BeforeWrite",
@@ -27,13 +30,15 @@ __all__ = [
     "Descriptor",
     "Driver",
     "FileDriver",
+    "Follower",
+    "Gate",
     "Graph",
     "Hold",
     "NewFile",
     "Node",
+    "Perm",
     "RawDriver",
     "Role",
-    "Users",
     "create_file",
     "guess_format",
     "is_block_device",

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     # It stands on system calls that speak of allocation, as this module defines it.
     from blockd.block.allocation import Allocation
     from blockd.block.node import Node
-    from blockd.block.permissions import Role
 from blockd.block.accounting import Counts
 from blockd.block.descriptor import Descriptor
+from blockd.block.permissions import Access, Role, of_backing_file, of_part
 
 _Result = TypeVar("_Result")
 
@@ -43,7 +43,7 @@ class Driver(ABC):
     #: Whether ``flush`` does anything.
     flushes: bool = True
 
-    #: Whether others may resize the nodes that this one stands on (``child_resized``).
+    #: Whether others may resize the nodes that this one stands on (``child_changed``).
     follows_child_size: bool = False
 
     #: What tells the storage from any other, where that can be told.
@@ -58,6 +58,19 @@ class Driver(ABC):
     def children(self) -> Mapping[Role, Node]:
         """The nodes that this one stands on, by how it uses them; the graph claims them."""
         return {}
+
+    def child_access(self, role: Role, access: Access) -> Access:
+        """What it does with the child in ``role`` while its own users have ``access`` to it."""
+        if role is Role.BACKING:
+            return of_backing_file(access)
+        return access if self.follows_child_size else of_part(access)
+
+    def replace_child(self, role: Role, node: Node | None) -> None:
+        """Stand on another node, or on none, in ``role``; nothing is under way there.
+
+        The graph calls it, where the driver has such children at all.
+        """
+        raise AssertionError(f"'{self.name}' has no child '{role.value}'")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -126,8 +139,11 @@ class Driver(ABC):
         """
         raise BlockdError("Image format driver does not support resize")
 
-    def child_resized(self) -> None:  # noqa: B027 - most need to do nothing
-        """The size of a node below has changed: follow it, where this driver's depends on it."""
+    def child_changed(self) -> None:  # noqa: B027 - most need to do nothing
+        """A node below has another size, or another one has taken its place: follow it.
+
+        What this driver says of itself may depend on that.
+        """
 
     @abstractmethod
     async def allocated_bytes(self) -> int:

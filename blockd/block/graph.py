@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 
 import trio
 
 from blockd import limits
 from blockd.block.accounting import Accounts, Inline
 from blockd.block.driver import Driver
+from blockd.block.holds import Follower, Hold
 from blockd.block.node import Node
-from blockd.block.permissions import Claim, Role
+from blockd.block.permissions import Access, Claim, Perm, Role
+from blockd.block.settling import in_order_of_waits, settle
 from blockd.errors import BlockdError
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
-
-
-class Hold:
-    """One user's claims on a node and on those below it."""
-
-    def __init__(self) -> None:
-        self._claims: list[tuple[Node, Claim]] = []
-
-    def add(self, node: Node, claim: Claim) -> None:
-        self._claims.append((node, claim))
-
-    def release(self) -> None:
-        """Give all claims back; nothing happens the second time."""
-        while self._claims:
-            node, claim = self._claims.pop()
-            node.users.release(claim)
 
 
 class Graph:
@@ -43,8 +29,9 @@ class Graph:
         #: Nodes that the administrator named, and may therefore delete.
         self._owned: set[Node] = set()
         self._hidden: set[Node] = set()
-        #: What each node stands on, with its claim there.
-        self._below: dict[Node, list[tuple[Node, Claim]]] = {}
+        #: What each node stands on, by role, with its claim there.
+        self._below: dict[Node, dict[Role, tuple[Node, Claim]]] = {}
+        self._holds: list[Hold] = []
         self._made = 0
 
     def __iter__(self) -> Iterator[Node]:
@@ -102,7 +89,14 @@ class Graph:
         else:
             self.check_name(name)
         node = Node(name, driver)
-        self._below[node] = self._claim_children(node)
+        self._below[node] = {}
+        for role, child in driver.children.items():
+            self._link(node, role, child)
+        try:
+            settle(self._below)
+        except BlockdError:
+            self._unlink_all(node)
+            raise
         self._nodes[name] = node
         if owned:
             self._owned.add(node)
@@ -116,19 +110,29 @@ class Graph:
             if driver.identity is not None and node.driver.identity == driver.identity:
                 raise BlockdError(f"'{driver.filename}' is in use: node '{node.name}' stands on it")
 
-    def _claim_children(self, node: Node) -> list[tuple[Node, Claim]]:
-        user, shares_resize = f"node '{node.name}'", node.driver.follows_child_size
-        return [
-            (child, child.users.claim(user, role, writes=False, shares_resize=shares_resize))
-            for role, child in node.driver.children.items()
-        ]
+    def _link(self, parent: Node, role: Role, child: Node) -> None:
+        claim = Claim(f"node '{parent.name}'", role)
+        child.users.add(claim)
+        self._below[parent][role] = (child, claim)
+
+    def _unlink(self, parent: Node, role: Role) -> None:
+        child, claim = self._below[parent].pop(role)
+        child.users.remove(claim)
+
+    def _unlink_all(self, parent: Node) -> list[Node]:
+        """Take a node out; returns what it stood on."""
+        children = [child for child, _ in self._below[parent].values()]
+        for role in list(self._below[parent]):
+            self._unlink(parent, role)
+        del self._below[parent]
+        return children
 
     def below(self, node: Node) -> Iterator[Node]:
         """The nodes that ``node`` stands on, down to the storage, each once and nearest first."""
         seen = {node: None}
 
         def look(above: Node) -> None:
-            for child, _ in self._below[above]:
+            for child, _ in self._below[above].values():
                 if child not in seen:
                     seen[child] = None
                     look(child)
@@ -139,25 +143,32 @@ class Graph:
     def _written(self, node: Node) -> Iterator[Node]:
         """``node``, and those below it that a write to it may reach."""
         yield node
-        for child, claim in self._below[node]:
-            if claim.role is not Role.BACKING:
+        for role, (child, _) in self._below[node].items():
+            if role is not Role.BACKING:
                 yield from self._written(child)
 
     def above(self, node: Node) -> Iterator[Node]:
         """The nodes that stand on ``node``, nearest first."""
-        for parent, children in self._below.items():
-            if any(child is node for child, _ in children):
-                yield parent
-                yield from self.above(parent)
+        for parent, _ in self._parents(node):
+            yield parent
+            yield from self.above(parent)
+
+    def _parents(self, node: Node) -> list[tuple[Node, Role]]:
+        return [
+            (parent, role)
+            for parent, children in self._below.items()
+            for role, (child, _) in children.items()
+            if child is node
+        ]
 
     def accounts(self, node: Node) -> Accounts:
         """What ``node`` was asked for since it was made."""
         return node.accounts.total([(node.inline, 0), *self._inlines_above(node)])
 
     def _inlines_above(self, node: Node) -> Iterator[tuple[Inline, int]]:
-        for parent, children in self._below.items():
+        for parent, _ in self._parents(node):
             shift = parent.driver.inline_offset_bytes
-            if shift is not None and any(child is node for child, _ in children):
+            if shift is not None:
                 yield parent.inline, shift
                 yield from ((inline, far + shift) for inline, far in self._inlines_above(parent))
 
@@ -166,62 +177,119 @@ class Graph:
 
         Raises ``BlockdError`` where a user relies on the size of one of them; ``OSError``.
         """
-        node.users.check_no_job(Role.TARGET)
-        hold = self._hold_to_resize(node)
+        node.users.check_not_busy(Role.TARGET, Role.BACKING)
+        hold = self.hold(node, "an unnamed block device", writes=False, resizes=True)
         try:
             await node.resize(size_bytes)
         finally:
             hold.release()
             for each in self._written(node):
                 for upper in self.above(each):
-                    upper.child_resized()
-
-    def _hold_to_resize(self, node: Node) -> Hold:
-        hold = Hold()
-        try:
-            self._claim_size(hold, node, "an unnamed block device", Role.ROOT)
-            for parent in self._written(node):
-                for child, standing in self._below[parent]:
-                    if standing.role is not Role.BACKING:
-                        self._claim_size(hold, child, f"node '{parent.name}'", standing.role)
-        except BlockdError:
-            hold.release()
-            raise
-        return hold
-
-    @staticmethod
-    def _claim_size(hold: Hold, node: Node, user: str, role: Role) -> None:
-        claim = node.users.claim(user, role, writes=False, resizes=True, shares_resize=True)
-        hold.add(node, claim)
+                    upper.child_changed()
 
     def hold(
-        self, node: Node, user: str, role: Role = Role.ROOT, *, writes: bool, alone: bool = False
+        self,
+        node: Node,
+        user: str,
+        role: Role = Role.ROOT,
+        *,
+        writes: bool,
+        resizes: bool = False,
+        alone: bool = False,
+        follower: Follower | None = None,
     ) -> Hold:
         """Use ``node``, and thereby all that it stands on.
 
         ``alone``: whatever is written to the storage below must pass this node, as a view of an
-        instant needs it. Raises ``BlockdError`` where another user's claim forbids that.
+        instant needs it. ``follower``: the user, if it is to go along where another node takes
+        the place of this one. Raises ``BlockdError`` where another user forbids it.
         """
-        if writes and any(each.read_only for each in self._written(node)):
-            raise BlockdError("Block node is read-only")
-        hold = Hold()
+        needs = (Perm.WRITE if writes else Perm.NONE) | (Perm.RESIZE if resizes else Perm.NONE)
+        # Whoever does not change the size relies on it.
+        shares = Perm.WRITE | (Perm.RESIZE if resizes else Perm.NONE)
+        hold = Hold(node, Claim(user, role, Access(needs, shares), alone), follower, self._drop)
+        self._holds.append(hold)
         try:
-            hold.add(node, node.users.claim(user, role, writes=writes))
-            self._hold_below(hold, node, writes=writes, alone=alone)
+            settle(self._below)
         except BlockdError:
             hold.release()
             raise
         return hold
 
-    def _hold_below(self, hold: Hold, node: Node, *, writes: bool, alone: bool) -> None:
-        for child, standing in self._below[node]:
-            role = standing.role
-            writes_child = writes and role is not Role.BACKING
-            claim = child.users.claim(
-                f"node '{node.name}'", role, writes=writes_child, shares_writes=not alone
+    def _drop(self, hold: Hold) -> None:
+        self._holds.remove(hold)
+        settle(self._below)
+
+    # -- other nodes in the place of some ------------------------------------------------------
+
+    @asynccontextmanager
+    async def quiesced(self, nodes: Iterable[Node]) -> AsyncIterator[None]:
+        """The body runs with no write to these nodes in flight, and none beginning.
+
+        Nor is there one on its way to them, in a node above or an export: none will come out
+        at a node whose place another one has taken meanwhile.
+        """
+        affected = {each for node in nodes for each in (node, *self.above(node))}
+        async with AsyncExitStack() as stopped:
+            for hold in tuple(self._holds):
+                if hold.follower is not None and hold.node in affected:
+                    await stopped.enter_async_context(hold.follower.quiesced())
+            for node in tuple(in_order_of_waits(self._below, self._holds)):
+                if node in affected:
+                    await stopped.enter_async_context(node.quiesced())
+            yield
+
+    def put_over(self, top: Node, node: Node) -> Callable[[], None]:
+        """Put ``top`` between ``node`` and its users: exports and nodes above follow, jobs stay.
+
+        An overlay gets ``node`` as its backing file; a filter stands on it already. Only while
+        ``node`` is ``quiesced``. Returns what undoes it at the same instant. Raises
+        ``BlockdError``, and then nothing has changed.
+        """
+        moved = {top, *self.below(top)}
+        parents = [each for each in self._parents(node) if each[0] not in moved]
+        self._check_size(node, top)
+        with ExitStack() as undo:
+            undo.callback(settle, self._below)
+            if node not in top.driver.children.values():
+                self._replace_child(undo, top, Role.BACKING, node)
+            for hold in self._holds:
+                if hold.node is node and hold.follower is not None:
+                    hold.move(top)
+                    undo.callback(hold.move, node)
+            for parent, role in parents:
+                self._replace_child(undo, parent, role, top)
+            settle(self._below)
+            return undo.pop_all().close
+
+    def _check_size(self, node: Node, top: Node) -> None:
+        """Nobody may find a part of what he uses gone, and a job's node must not even grow."""
+        if top.size_bytes < node.size_bytes and node.users:
+            raise BlockdError(
+                f"Node '{top.name}' is smaller than node '{node.name}', which is in use"
             )
-            hold.add(child, claim)
-            self._hold_below(hold, child, writes=writes_child, alone=alone)
+        for each in self.above(node):
+            if any(claim.fills for claim in each.users):
+                # The job may be about to write to what is below now.
+                each.users.check_not_busy(Role.TARGET)
+            if top.size_bytes != node.size_bytes and each.users.of(Role.SOURCE):
+                raise BlockdError(
+                    f"Node '{top.name}' is larger than node '{node.name}', "
+                    f"and a job uses node '{each.name}' on top of that"
+                )
+
+    def _replace_child(self, undo: ExitStack, parent: Node, role: Role, child: Node | None) -> None:
+        before, _ = self._below[parent].get(role, (None, None))
+        parent.driver.replace_child(role, child)
+        undo.callback(self._replace_child, ExitStack(), parent, role, before)
+        if before is not None:
+            self._unlink(parent, role)
+        if child is not None:
+            self._link(parent, role, child)
+        for each in (parent, *self.above(parent)):
+            each.child_changed()
+
+    # -- the end of a node ---------------------------------------------------------------------
 
     def find_owned(self, name: str) -> Node:
         """The node that ``blockdev-del`` may take away. Raises ``BlockdError``."""
@@ -231,7 +299,7 @@ class Graph:
         # While a job reads a node, the peer's exports are on the filter above it.
         if node.users.of(Role.ROOT) and not node.users.of(Role.SOURCE):
             raise BlockdError(f"Node {name} is in use")
-        node.users.check_no_job(Role.TARGET)
+        node.users.check_not_busy(Role.TARGET, Role.BACKING)
         if node not in self._owned:
             raise BlockdError(f"Node {name} is not owned by the monitor")
         if node.users:
@@ -247,15 +315,15 @@ class Graph:
         del self._nodes[node.name]
         self._owned.discard(node)
         self._hidden.discard(node)
-        below = self._below.pop(node)
         try:
             if not node.read_only:
                 await node.flush()
         finally:
             with trio.CancelScope(shield=True):
-                await node.driver.close()
-            for child, claim in below:
-                child.users.release(claim)
+                await node.close()
+            children = self._unlink_all(node)
+            settle(self._below)
+            for child in children:
                 if not child.users and child not in self._owned:
                     await self.remove(child)
 

@@ -17,7 +17,8 @@ class Gate:
     nothing can happen in the middle of it.
     """
 
-    def __init__(self, on_change: Callable[[], None]) -> None:
+    def __init__(self, on_change: Callable[[], None] = lambda: None) -> None:
+        """``on_change`` is called whenever ``closed`` may have changed."""
         self._on_change = on_change
         self._inside = 0
         self._closings = 0

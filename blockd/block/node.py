@@ -65,6 +65,7 @@ class Node:
         self.write_threshold = 0
         self._hooks: tuple[BeforeWrite, ...] = ()
         self._gate = Gate(on_change=self._choose_path)
+        self._reads = Gate()
         self.bitmaps = NodeBitmaps(driver.size_bytes)
         self.bitmaps.on_change = self._choose_path
         self.read_nowait = driver.read_nowait
@@ -122,7 +123,11 @@ class Node:
     async def read(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset``; the range lies within the size. Raises ``OSError``."""
         with self.accounts.read.of(len(view)):
-            await self.driver.read(offset, view)
+            await self._reads.enter()
+            try:
+                await self.driver.read(offset, view)
+            finally:
+                self._reads.leave()
 
     async def write(self, offset: int, view: memoryview, *, fua: bool = False) -> None:
         """Write ``view`` at ``offset``; with ``fua`` it is on stable storage on return."""
@@ -235,9 +240,9 @@ class Node:
             finally:
                 self._follow_driver()
 
-    def child_resized(self) -> None:
-        """The size of a node below has changed."""
-        self.driver.child_resized()
+    def child_changed(self) -> None:
+        """A node below has another size, or another one has taken its place."""
+        self.driver.child_changed()
         self._follow_driver()
 
     def _follow_driver(self) -> None:
@@ -255,6 +260,11 @@ class Node:
         """
         async with self._gate.shut():
             yield
+
+    async def close(self) -> None:
+        """Close the driver, once all is over that was asked of the node while it had users."""
+        async with self._gate.shut(), self._reads.shut():
+            await self.driver.close()
 
     def add_hook(self, hook: BeforeWrite) -> None:
         """Put a point-in-time view in; only while quiesced, so that it misses no write."""

@@ -127,7 +127,7 @@ class Connection:
         """
         view, out, used = self._in_view, self._out_view, self._out_used
         node, replies = self._export.node, self._replies
-        read_nowait, write_nowait = node.read_nowait, node.write_nowait
+        read_nowait, write_nowait = node.read_nowait, self._export.write_nowait
         put_done, done_bytes = replies.put_done, replies.done_bytes
         header_bytes = replies.data_header_bytes
         size, room, inline = node.size_bytes, len(out), limits.NBD_STREAM_BYTES
@@ -286,10 +286,10 @@ class Connection:
     async def _write_piece(self, offset: int, piece: memoryview) -> OSError | None:
         node, began = self._export.node, time.monotonic()
         try:
-            node.write_nowait(offset, piece)
+            self._export.write_nowait(offset, piece)
         except WouldBlock:
             try:
-                await node.write(offset, piece)
+                await self._export.write(offset, piece)
             except OSError as error:
                 return error
         except OSError as error:

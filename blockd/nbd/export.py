@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 
 import trio
 
 from blockd import limits
-from blockd.block import Hold, Node
+from blockd.block import Gate, Graph, Node
+from blockd.errors import WouldBlock
 from blockd.nbd.handshake import ExportInfo
 from blockd.nbd.wire import Cmd, CmdFlag, Request, TransmissionFlag
 
@@ -40,21 +43,46 @@ class Export:
         description: str,
         writable: bool,
         writethrough: bool,
-        hold: Hold,
+        graph: Graph,
     ) -> None:
-        """``writethrough``: every write is flushed before its reply. ``hold``: on the node."""
+        """``writethrough``: every write is flushed before its reply.
+
+        It holds the node until ``release``. Raises ``BlockdError`` where another user forbids it.
+        """
         self.id = export_id
         self.node = node
         self.name = name
         self.description = description
         self.writable = writable
         self.writethrough = writethrough
-        self.hold = hold
         self.shutting_down = False
         #: One cancel scope for each connection that is past its handshake.
         self.connections: set[trio.CancelScope] = set()
         self.deleted = trio.Event()
         self.multi_conn = True
+        self._gate = Gate()
+        hold = graph.hold(node, "an unnamed block device", writes=writable, follower=self)
+        self.release = hold.release
+
+    # -- as a user of its node ----------------------------------------------------------------
+
+    def quiesced(self) -> AbstractAsyncContextManager[None]:
+        """The body runs with no client's write in flight, and none beginning."""
+        return self._gate.shut()
+
+    def follow(self, node: Node) -> None:
+        """Serve ``node`` from now on, to the clients there are too; no write is in flight."""
+        self.node = node
+
+    @property
+    def write_nowait(self) -> Callable[[int, memoryview], None]:
+        """As ``Node.write_nowait``, and like that to be looked up anew for each burst."""
+        return self._refuse if self._gate.closed else self.node.write_nowait
+
+    def _refuse(self, offset: int, view: memoryview) -> None:
+        raise WouldBlock
+
+    # -- requests ------------------------------------------------------------------------------
 
     def info(self) -> ExportInfo:
         """What the handshake tells a client."""
@@ -124,12 +152,17 @@ class Export:
 
         Raises ``OSError``.
         """
-        node, offset, length = self.node, request.offset, request.length
         if request.type == Cmd.FLUSH:
-            await node.flush()
-            return
-        if not length:
-            return
+            await self.node.flush()
+        elif request.length:
+            await self._gate.enter()
+            try:
+                await self._change(request, data)
+            finally:
+                self._gate.leave()
+
+    async def _change(self, request: Request, data: memoryview) -> None:
+        node, offset, length = self.node, request.offset, request.length
         fua = bool(request.flags & CmdFlag.FUA) or self.writethrough
         match request.type:
             case Cmd.WRITE:
@@ -139,3 +172,11 @@ class Export:
                 await node.write_zeroes(offset, length, unmap=unmap, fua=fua)
             case Cmd.TRIM:
                 await node.discard(offset, length, fua=fua)
+
+    async def write(self, offset: int, view: memoryview) -> None:
+        """Write a part of a checked request. Raises ``OSError``."""
+        await self._gate.enter()
+        try:
+            await self.node.write(offset, view)
+        finally:
+            self._gate.leave()

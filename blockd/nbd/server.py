@@ -142,7 +142,7 @@ class NbdServer:
 
     def _delete(self, export: Export) -> None:
         del self._exports[export.id]
-        export.hold.release()
+        export.release()
         export.deleted.set()
         self._bus.publish("BLOCK_EXPORT_DELETED", {"id": export.id})
 

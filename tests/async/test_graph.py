@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from blockd.block import Graph, Node, RawDriver, Role
+from blockd.block import Graph, Node, Perm, RawDriver, Role
 from blockd.errors import BlockdError
 from tests.helpers.memory_overlay import MemoryOverlay
 from tests.helpers.watched_driver import WatchedDriver
@@ -296,8 +296,8 @@ def test_who_writes_to_an_overlay_does_not_write_to_its_backing_file(graph: Grap
     file = add(graph, "file")
     top = add_overlay(graph, "top", base, file)
     graph.hold(top, EXPORT, writes=True)
-    assert [claim.writes for claim in file.users.of(Role.FILE)] == [False, True]
-    assert [claim.writes for claim in base.users.of(Role.BACKING)] == [False, False]
+    (on_file,), (on_base,) = file.users.of(Role.FILE), base.users.of(Role.BACKING)
+    assert (on_file.access.needs, on_base.access.needs) == (Perm.WRITE, Perm.NONE)
     with pytest.raises(BlockdError, match="Block node is read-only"):
         graph.hold(base, EXPORT, writes=True)
 

@@ -75,7 +75,7 @@ async def test_a_node_that_a_hung_job_holds_is_flushed_as_the_others_are(
     graph: Graph, disks: list[Disk], number: int, role: Role
 ) -> None:
     held = disks[number]
-    held.node.users.claim("block job 'hung'", role, writes=role is Role.TARGET)
+    graph.hold(held.node, "block job 'hung'", role, writes=role is Role.TARGET)
     await graph.close()
     assert all(disk.durable for disk in disks)
     assert [disk.driver.closed for disk in disks] == [disk is not held for disk in disks]

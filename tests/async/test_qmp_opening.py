@@ -80,7 +80,7 @@ async def test_children_are_claimed_by_role_and_go_with_their_parent(subject: Su
     below = {node.name: node for node in subject.graph.below(top)}
     assert len(below) == 2
     assert [claim.user for claim in below["base"].users.of(Role.BACKING)] == ["node 'top'"]
-    with pytest.raises(BlockdError, match="Node base is not owned by the monitor"):
+    with pytest.raises(BlockdError, match="node is used as backing hd of 'top'"):
         subject.graph.find_owned("base")
     await subject.graph.remove(top)
     assert subject.names() == []

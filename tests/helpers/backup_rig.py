@@ -20,7 +20,7 @@ from blockd.backup import (
     plan_backup,
 )
 from blockd.bitmap import DirtyBitmap
-from blockd.block import Node, Role
+from blockd.block import Claim, Node, Role
 from blockd.events import Bus, Event
 from blockd.job import Jobs, Status
 from tests.helpers.memory_driver import MemoryDriver
@@ -85,10 +85,11 @@ class Rig:
         )
         plan = plan_backup(request, self.source, self.target)
         on_errors = on_errors or OnErrors()
-        claim = self.source.users.claim("block job 'j'", Role.SOURCE, writes=False)
+        claim = Claim("block job 'j'", Role.SOURCE)
+        self.source.users.add(claim)
 
         async def release() -> None:
-            self.source.users.release(claim)
+            self.source.users.remove(claim)
 
         return BackupJob(
             "j",

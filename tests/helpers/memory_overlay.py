@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 from blockd.block import Allocation, Node, Role
 from blockd.extent import Extent
@@ -31,13 +32,28 @@ class MemoryOverlay(MemoryDriver):
         children = {Role.FILE: self.file, Role.BACKING: self.backing}
         return {role: child for role, child in children.items() if child is not None}
 
+    def replace_child(self, role: Role, node: Node | None) -> None:
+        assert role in (Role.FILE, Role.BACKING)
+        if role is Role.FILE:
+            self.file = node
+        else:
+            self.backing = node
+
     async def read(self, offset: int, view: memoryview) -> None:
         await super().read(offset, view)
-        end = offset + len(view)
-        for run in await self.allocation(offset, len(view)):
-            if run.depth > 1 and self.backing is not None:
-                start, stop = run.extent.offset, min(run.extent.end, end)
+        if self.backing is not None:
+            end = min(offset + len(view), self.backing.size_bytes)
+            for start, stop in self._gaps(offset, end):
                 await self.backing.read(start, view[start - offset : stop - offset])
+
+    def _gaps(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
+        """The runs within a range that the pages held leave out."""
+        pages = range(offset // PAGE_BYTES, -(-end // PAGE_BYTES))
+        for held, run in itertools.groupby(pages, lambda page: page in self.held):
+            if not held:
+                first, *others = run
+                last = others[-1] if others else first
+                yield max(first * PAGE_BYTES, offset), min((last + 1) * PAGE_BYTES, end)
 
     async def write(self, offset: int, view: memoryview) -> None:
         await self._keep_edges(offset, len(view))
@@ -61,29 +77,18 @@ class MemoryOverlay(MemoryDriver):
         self.held.update(range(first, end))
 
     async def allocation(self, offset: int, length: int) -> Sequence[Allocation]:
-        return [
-            piece
-            for run in await super().allocation(offset, length)
-            for piece in await self._by_layers(run)
-        ]
-
-    async def _by_layers(self, run: Allocation) -> Sequence[Allocation]:
         runs: list[Allocation] = []
-        offset, end = run.extent.offset, run.extent.end
+        end = offset + length
         while offset < end:
-            page = offset // PAGE_BYTES
-            stop = min((page + 1) * PAGE_BYTES, end)
-            runs += await self._page(page, offset, stop - offset, zero=run.zero)
+            stop = min((offset // PAGE_BYTES + 1) * PAGE_BYTES, end)
+            runs += await self._page(Extent(offset, stop - offset))
             offset = stop
         return runs
 
-    async def _page(
-        self, page: int, offset: int, length: int, *, zero: bool
-    ) -> Sequence[Allocation]:
-        extent = Extent(offset, length)
-        if page in self.held:
-            return [Allocation(extent, zero)]
+    async def _page(self, extent: Extent) -> Sequence[Allocation]:
+        if extent.offset // PAGE_BYTES in self.held:
+            return await super().allocation(*extent)
         if self.backing is None or extent.end > self.backing.size_bytes:
             return [Allocation(extent, zero=True, depth=0)]
-        below = await self.backing.allocation(offset, length)
+        below = await self.backing.allocation(*extent)
         return [each._replace(depth=each.depth and each.depth + 1) for each in below]

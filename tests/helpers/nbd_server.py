@@ -71,7 +71,7 @@ class Rig:
             description=description,
             writable=writable,
             writethrough=writethrough,
-            hold=self.graph.hold(node, "an unnamed block device", writes=writable),
+            graph=self.graph,
         )
         self.server.add(export)
         return export

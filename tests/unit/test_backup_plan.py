@@ -9,7 +9,7 @@ import pytest
 from blockd.backup import BackupRequest, BitmapMode, Performance, Sync, plan_backup
 from blockd.backup.plan import conclude_bitmap
 from blockd.bitmap import Bits, NodeBitmaps
-from blockd.block import Node, Role
+from blockd.block import Claim, Node, Role
 from blockd.errors import BlockdError
 from tests.helpers.memory_driver import MemoryDriver
 
@@ -125,7 +125,7 @@ def refusal_of(request: BackupRequest, source: Node, target: Node, **others: Any
 
 
 def busy(node: Node) -> Node:
-    node.users.claim("block job 'k'", Role.TARGET, writes=True)
+    node.users.add(Claim("block job 'k'", Role.TARGET))
     return node
 
 

@@ -33,30 +33,37 @@ class RawDriver(Driver):
         unmap: bool = True,
     ) -> None:
         """``size_bytes`` None: up to the child's end. Raises ``BlockdError`` for a bad window."""
-        room_bytes = child.size_bytes - offset_bytes
-        if room_bytes < 0:
-            raise BlockdError(
-                f"Offset ({offset_bytes}) cannot be greater than "
-                f"size of the containing file ({child.size_bytes})"
-            )
-        if size_bytes is not None and size_bytes > room_bytes:
-            raise BlockdError(
-                f"The sum of offset ({offset_bytes}) and size ({size_bytes}) has to be smaller "
-                f"or equal to the  actual size of the containing file ({child.size_bytes})"
-            )
-        self.child = child
         self.read_only = read_only
         self.offset_bytes = self.inline_offset_bytes = offset_bytes
         self._fixed_size_bytes = size_bytes
         # One that is made to be a part of the child relies on where that part is.
         self.follows_child_size = not offset_bytes and size_bytes is None
-        self.child_resized()
-        self.cluster_size_bytes = child.driver.cluster_size_bytes
         self.direct = direct
         self.flushes = flushes
         self._unmap = unmap
-        plain = "filename" in child.driver.options and self.follows_child_size
-        self.filename = child.driver.filename if plain else f"json:{json.dumps(self.options)}"
+        self._stand_on(child)
+
+    def _stand_on(self, child: Node) -> None:
+        """Raise ``BlockdError`` where the window does not fit."""
+        room_bytes = child.size_bytes - self.offset_bytes
+        if room_bytes < 0:
+            raise BlockdError(
+                f"Offset ({self.offset_bytes}) cannot be greater than "
+                f"size of the containing file ({child.size_bytes})"
+            )
+        if self._fixed_size_bytes is not None and self._fixed_size_bytes > room_bytes:
+            raise BlockdError(
+                f"The sum of offset ({self.offset_bytes}) and size ({self._fixed_size_bytes}) has "
+                "to be smaller or equal to the  actual size of the containing file "
+                f"({child.size_bytes})"
+            )
+        self.child = child
+        self.child_changed()
+
+    def replace_child(self, role: Role, node: Node | None) -> None:
+        assert role is Role.FILE
+        assert node is not None
+        self._stand_on(node)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -71,19 +78,23 @@ class RawDriver(Driver):
     def children(self) -> Mapping[Role, Node]:
         return {Role.FILE: self.child}
 
-    def child_resized(self) -> None:
+    def child_changed(self) -> None:
+        below = self.child.driver
         fixed_bytes = self._fixed_size_bytes
         room_bytes = self.child.size_bytes - self.offset_bytes
         self.size_bytes = room_bytes if fixed_bytes is None else fixed_bytes
         #: A window's writes are not all that changes the file, nor is all of it the window's.
         self._whole = not self.offset_bytes and self.size_bytes == self.child.size_bytes
-        self.identity = self.child.driver.identity if self._whole else None
+        self.identity = below.identity if self._whole else None
+        self.cluster_size_bytes = below.cluster_size_bytes
+        plain = "filename" in below.options and self.follows_child_size
+        self.filename = below.filename if plain else f"json:{json.dumps(self.options)}"
 
     async def truncate(self, size_bytes: int) -> None:
         if self._fixed_size_bytes is not None:
             raise BlockdError("Cannot resize fixed-size raw disks")
         await self.child.resize(self.offset_bytes + size_bytes)
-        self.child_resized()
+        self.child_changed()
 
     @property
     def path(self) -> str | None:

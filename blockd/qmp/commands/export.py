@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import trio
+
 from blockd import limits, listener, nbd
 from blockd.errors import BlockdError
 from blockd.qmp.services import Services
@@ -39,7 +41,9 @@ async def nbd_server_stop(services: Services, _arguments: NbdServerStop) -> None
     await services.nbd.stop()
 
 
-def block_export_add(services: Services, arguments: NbdExport) -> None:
+async def block_export_add(services: Services, arguments: NbdExport) -> None:
+    """It waits its turn like those that wait for more: none of them is changing the graph now."""
+    await trio.lowlevel.checkpoint()
     name = arguments.node_name if arguments.name is None else arguments.name
     if not _ID.fullmatch(arguments.id):
         raise BlockdError("Invalid block export id")
@@ -52,7 +56,6 @@ def block_export_add(services: Services, arguments: NbdExport) -> None:
         if len(text.encode()) > limits.NBD_STRING_BYTES:
             raise BlockdError(f"{what} '{text}' too long")
     services.nbd.check_name(name)
-    hold = services.graph.hold(node, "an unnamed block device", writes=arguments.writable)
     services.nbd.add(
         nbd.Export(
             arguments.id,
@@ -61,15 +64,15 @@ def block_export_add(services: Services, arguments: NbdExport) -> None:
             description=arguments.description,
             writable=arguments.writable,
             writethrough=arguments.writethrough,
-            hold=hold,
+            graph=services.graph,
         )
     )
 
 
-def nbd_server_add(services: Services, arguments: NbdServerAdd) -> None:
+async def nbd_server_add(services: Services, arguments: NbdServerAdd) -> None:
     node = services.graph.get(arguments.device, device=arguments.device)
     name = arguments.device if arguments.name is None else arguments.name
-    block_export_add(
+    await block_export_add(
         services,
         NbdExport(
             id=name,
