@@ -1,9 +1,9 @@
 """QMP messages out of a stream of bytes: JSON texts that nothing but their brackets delimits.
 
 Where a text ends is found here; reading it is the library's work. A text ends where its brackets
-are balanced, right or wrong, and also at a control character that JSON has no place for, as with
-QEMU: after a mistake the next text is read afresh, and a client that left a string open gets
-back into step with its next line.
+are balanced, right or wrong, and also at a byte that JSON has no place for, as with QEMU:
+after a mistake the next text is read afresh, and a client that left a string open gets back into
+step with its next line, or with a byte 0xFF.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _MARK = re.compile(rb"[{}\[\]\"'" + _ALIEN + rb"]")
 _WORD_END = re.compile(rb"[ \t\r\n{}\[\]\"'" + _ALIEN + rb"]")
 #: The rest of a string up to its closing quote, or to a byte that no string has.
 _STRING_REST = {
-    ord('"'): re.compile(rb'(?:[^"\\\x00-\x1f]|\\[^\x00-\x1f])*+'),
-    ord("'"): re.compile(rb"(?:[^'\\\x00-\x1f]|\\[^\x00-\x1f])*+"),
+    ord('"'): re.compile(rb'(?:[^"\\\x00-\x1f\xfe\xff]|\\[^\x00-\x1f\xfe\xff])*+'),
+    ord("'"): re.compile(rb"(?:[^'\\\x00-\x1f\xfe\xff]|\\[^\x00-\x1f\xfe\xff])*+"),
 }
 _ANY_STRING = re.compile(r""""(?:[^"\\]|\\.)*+"|'(?:[^'\\]|\\.)*+'""", re.DOTALL)
 _OPENING = b"{[\"'"

@@ -92,13 +92,14 @@ def test_out_of_band_is_refused_as_by_a_peer_that_did_not_enable_it(
         assert ours == theirs, request
 
 
-#: No daemon has a command in these. A byte that JSON has no place for ends each, whatever is open;
-#: a line's end does so only inside a string.
+#: No daemon has a command in these. A byte that JSON has no place for ends each, whatever is open.
 GARBAGE = [
     b"{" * 200_000 + b"\xff",
     b"[" * 200_000 + b"\x01",
     b'{"a":' * 50_000 + b"\xff",
     b'{"execute": "quit\n',
+    b'{"execute": "quit',
+    b"{'execute': 'quit\\",
     b'"' + b"x" * 1000 + b"\n",
     b"\xff" * 100,
     b"\x00\x01\x02",

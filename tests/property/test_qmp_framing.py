@@ -56,8 +56,8 @@ def test_how_garbage_is_cut_makes_no_difference(data: bytes, cuts: list[int]) ->
     assert read_in_pieces(data, cuts) == read_in_pieces(data, [])
 
 
-@given(garbage)
-def test_a_control_character_ends_any_garbage(data: bytes) -> None:
-    *before, last = read_in_pieces(data + b'\x01{"execute": "quit"}', [])
+@given(garbage, st.sampled_from([b"\x00", b"\x01", b"\xfe", b"\xff"]))
+def test_a_byte_that_json_has_no_place_for_ends_any_garbage(data: bytes, byte: bytes) -> None:
+    *before, last = read_in_pieces(data + byte + b'{"execute": "quit"}', [])
     assert last == {"execute": "quit"}
     assert any(isinstance(message, Broken) for message in before)
