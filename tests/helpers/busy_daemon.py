@@ -1,4 +1,4 @@
-"""A daemon with one of everything in it: nodes, bitmaps, exports, and a job in each state.
+"""A daemon with one of everything in it: nodes, bitmaps, an export, and a job in each state.
 
 The same for blockd and for the peer, so that what they say of it can be compared.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from tests.helpers.qmp_client import QmpClient, QmpError
 
 #: More than a job copies before it sleeps for its speed limit.
-DISK_BYTES = 3 << 20
+DISK_BYTES = (1 << 20) + (1 << 16)
 
 #: Whose job, if any, copies from or to it, and what it has.
 NODES = {
@@ -66,6 +66,7 @@ class BusyDaemon:
         address = {"type": "unix", "data": {"path": "DIR/nbd.sock"}}
         self.execute("nbd-server-start", {"addr": address})
         self.execute("block-export-add", {"type": "nbd", "id": "exp", "node-name": "src"})
+        self.execute("object-add", {"qom-type": "secret", "id": "obj", "data": "x"})
         self._start_jobs()
 
     def _start_jobs(self) -> None:

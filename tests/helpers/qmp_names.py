@@ -22,6 +22,8 @@ VALUES: list[tuple[str, str, list[Any]]] = [
     ("block-job-*", "device", ["nope", "", *JOBS]),
     ("*job-*", "id", ["nope", "", *JOBS]),
     ("block-job-set-speed", "speed", [-1, 0]),
+    ("block_resize", "size", [-1, 0]),
+    ("block-set-write-threshold", "write-threshold", [0]),
     ("*", "job-id", ["running", "", "1"]),
     # A name that is free would be taken.
     ("block-dirty-bitmap-add", "node", ["src", "nope", "", "free"]),
@@ -40,6 +42,8 @@ VALUES: list[tuple[str, str, list[Any]]] = [
     ("*-backup", "device", ["free", "nope", "", "src", "dst"]),
     ("blockdev-backup", "target", ["spare", "nope", "", "free", "dst"]),
     ("drive-backup", "target", ["DIR/spare.img", "DIR/none/t", "DIR", "", "DIR/dst.img", "nope:t"]),
+    ("object-add", "id", ["obj", "", "1"]),
+    ("object-del", "id", ["nope", "", "obj"]),
     ("blockdev-add", "node-name", ["src", "", "1", "a" * 32]),
     ("blockdev-add", "filename", ["DIR/none", "DIR", "", "DIR/free.img"]),
     ("*", "format", [None, "nope", "", "raw"]),
@@ -50,15 +54,18 @@ VALUES: list[tuple[str, str, list[Any]]] = [
     ],
 ]
 
+#: So many members are not tried in pairs.
+_MANY = 16
+
 
 def wrong_names(command: str, declaration: Any) -> Iterator[dict[str, Any]]:
-    """Arguments with at most two members that are not the first of their values."""
+    """Arguments with at most two members that are not the first of their values, or one of many."""
     for struct in structs(declaration):
         base = least_object(struct)
         choices = {field.encode_name: _values(command, field) for field in struct.fields}
         base |= {name: values[0] for name, values in choices.items()}
         others = {name: values[1:] for name, values in choices.items() if values[1:]}
-        for count in (0, 1, 2):
+        for count in (0, 1, 2) if len(others) <= _MANY else (0, 1):
             for names in combinations(others, count):
                 for values in product(*(others[name] for name in names)):
                     changed = base | dict(zip(names, values, strict=True))

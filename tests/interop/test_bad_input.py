@@ -7,8 +7,10 @@ everything in them (``busy_daemon``).
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,17 @@ QUESTIONS = [
     and not least(command.declaration)
 ]
 
+#: So much of what is tried may be carried out after all, each time with a new start. If it is
+#: more, ``qmp_names`` needs to know the command better.
+MAX_CARRIED_OUT = 20
+
 #: The class and description of a refusal; None: it was carried out.
 Refusal = tuple[str, str] | None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Refusals of ``command`` that are meant to differ; of each description, a pattern."""
+    """Refusals of commands, told by a pattern, that are meant to differ; and by what sentences."""
 
     command: str
     ours: str
@@ -51,7 +57,9 @@ class Difference:
 
     def covers(self, command: str, ours: Refusal, theirs: Refusal) -> bool:
         return (
-            self.command == command and _matches(self.ours, ours) and _matches(self.peers, theirs)
+            fnmatchcase(command, self.command)
+            and _matches(self.ours, ours)
+            and _matches(self.peers, theirs)
         )
 
 
@@ -64,14 +72,15 @@ DIFFERENCES = [
         "drive-backup",
         r"(must provide|Bitmap|sync mode|Cannot specify|Job ID|Invalid job ID|Backing file).*",
         r"Could not (create|open) .*|Unknown (driver|file format|protocol) .*|Node '.*' is busy.*"
-        r"|The 'file' block driver requires a file name|Failed to get \"resize\" lock",
+        r"|The 'file' block driver requires a file name|Failed to get \"resize\" lock"
+        r"|Compression is not supported for this drive ",
         "the target may be somebody's data: it is looked at when nothing else is wrong",
     ),
     Difference(
-        "drive-backup",
-        r"Failed to get \"write\" lock.*",
-        r"Driver 'raw' of node '#block' does not support backing files|Job ID .*|Invalid job ID .*",
-        "a file that a node stands on is no target, whatever else is wrong",
+        "*",
+        r"Parameter '.*' expects uint64",
+        r"(?!Parameter|Invalid parameter).*",
+        "a negative number is a mistake; the peer takes it for a very large one",
     ),
     Difference(
         "block_resize",
@@ -111,6 +120,8 @@ class Pair:
         for program in self._programs:
             program.kill()
         assert "Traceback" not in self._programs[0].log()
+        for daemon in (self.ours, self.theirs):
+            shutil.rmtree(daemon.directory)
 
     def try_all(self, command: str, all_arguments: Iterable[dict[str, Any]]) -> int:
         """Try each on both; how many were carried out."""
@@ -123,6 +134,7 @@ class Pair:
                 assert self.ours.everything(QUESTIONS) == self.before, arguments
             else:
                 carried_out += 1
+                assert carried_out <= MAX_CARRIED_OUT, arguments
                 if not command.startswith(READS):
                     self.end()
                     self._start()
@@ -165,7 +177,10 @@ def test_names_and_states(command: Command, pair: Pair) -> None:
 
 def test_every_difference_is_one(pair: Pair) -> None:
     """One that the tests above, which ran before if they ran, did not meet must leave the table."""
-    declarations = {command.name: command.declaration for command in COMMANDS}
-    for name in {difference.command for difference in DIFFERENCES if difference not in pair.seen}:
-        pair.try_all(name, wrong_names(name, declarations[name]))
+    unseen = [difference for difference in DIFFERENCES if difference not in pair.seen]
+    for command in COMMANDS:
+        if any(fnmatchcase(command.name, difference.command) for difference in unseen):
+            wrong = (mistake.arguments for mistake in mistakes(command.declaration))
+            pair.try_all(command.name, wrong)
+            pair.try_all(command.name, wrong_names(command.name, command.declaration))
     assert pair.seen == set(DIFFERENCES)

@@ -19,9 +19,9 @@ class ObjectOptions(Object, kw_only=True):
 class SecretOptions(ObjectOptions, tag_field="qom-type", tag="secret", kw_only=True):
     """A password or a key: ``data`` itself, or the content of ``file``, which is read once."""
 
+    format: Literal["raw", "base64"] = "raw"
     data: SecretText | None = None
     file: str | None = None
-    format: Literal["raw", "base64"] = "raw"
 
 
 class TlsCredsOptions(ObjectOptions, kw_only=True):
