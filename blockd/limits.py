@@ -73,6 +73,24 @@ NBD_HANDSHAKE_SECONDS = 10
 #: Connections an NBD server takes when it is not told otherwise.
 NBD_CONNECTIONS = 100
 
+# --- NBD client ------------------------------------------------------------------------------
+
+#: Replies received at once.
+NBD_CLIENT_BUFFER_BYTES = 256 * KIB
+#: Memory for data that nobody wants any more.
+NBD_CLIENT_WASTE_BYTES = 64 * KIB
+#: A block status, or another reply without data: room for QEMU's longest, and some.
+NBD_CLIENT_CHUNK_BYTES = 2 * MIB
+#: The largest minimum block that a server may ask for (proto.md, "Block size constraints").
+NBD_CLIENT_BLOCK_BYTES = 64 * KIB
+#: Requests in flight to one server, and what one attempt to connect, and a good-bye, may take.
+NBD_CLIENT_REQUESTS = 64
+NBD_CLIENT_CONNECT_SECONDS = 10
+NBD_CLIENT_DISCONNECT_SECONDS = 1
+#: The pause before the next attempt to connect; it doubles from the first to the last.
+NBD_CLIENT_PAUSE_MIN_SECONDS = 0.25
+NBD_CLIENT_PAUSE_MAX_SECONDS = 4
+
 # --- NBD handshake ---------------------------------------------------------------------------
 
 #: The longest string NBD knows (proto.md, "Conventions"): export names, descriptions, messages.

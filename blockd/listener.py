@@ -42,7 +42,7 @@ Address = UnixAddress | InetAddress
 
 #: The longest path that fits into an address, with its NUL.
 _UNIX_PATH_BYTES = 107
-_PORT_MAX = 65535
+PORT_MAX = 65535
 
 
 class Listener:
@@ -184,7 +184,7 @@ def _resolve(address: InetAddress) -> list[tuple[socket.AddressFamily, tuple[obj
         socket.AF_INET6: address.ipv6 if address.ipv6 is not None else not address.ipv4,
     }
     refused = f"address resolution failed for {address.host}:{address.port}"
-    if address.port.isdecimal() and int(address.port) > _PORT_MAX:
+    if address.port.isdecimal() and int(address.port) > PORT_MAX:
         # The C library, and QEMU with it, would listen at what is left of it in 16 bits.
         raise BlockdError(f"{refused}: Servname not supported for ai_socktype")
     try:

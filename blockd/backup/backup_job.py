@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -62,6 +63,7 @@ class BackupJob(Job):
             self._target_file = TargetFile(target_path, target.driver.identity)
         #: Something may have been done to the target.
         self._touched = False
+        self._doubts = 0
         self._frozen: FrozenBitmap | None = None
         self._clusters: Clusters
         self._copier: Copier
@@ -120,6 +122,7 @@ class BackupJob(Job):
                 await self._mark.put()
             await trio.lowlevel.checkpoint_if_cancelled()
             self._touched = True
+            self._doubts = self._target.doubts
             if self._empty_target is not None:
                 await self._empty_target()
             await self._copier.run()
@@ -142,9 +145,17 @@ class BackupJob(Job):
 
     async def _secure(self) -> None:
         """Return once all that was copied is durable in the target file, where all can find it."""
-        await self._target.flush()
+        await self._flush_target()
         if self._target_file is not None:
             await trio.to_thread.run_sync(self._target_file.check, self._target.size_bytes)
+
+    async def _flush_target(self) -> None:
+        """Raises ``OSError`` also where what was written before may be gone all the same."""
+        await self._target.flush()
+        if self._target.doubts != self._doubts:
+            raise OSError(
+                errno.EIO, "the target was away, and may have lost what it had not flushed"
+            )
 
     async def commit(self) -> None:
         async with self._source.quiesced():

@@ -4,7 +4,10 @@ from blockd.block.accounting import Accounts, Counts
 from blockd.block.allocation import Allocation
 from blockd.block.descriptor import Descriptor
 from blockd.block.driver import Driver
+from blockd.block.drivers.blkdebug import BlkdebugDriver, InjectError, SetState
+from blockd.block.drivers.copy_on_read import CopyOnReadDriver
 from blockd.block.drivers.file import SECTOR_BYTES, FileDriver
+from blockd.block.drivers.null import NullDriver
 from blockd.block.drivers.opening import (
     NewFile,
     create_file,
@@ -13,9 +16,10 @@ from blockd.block.drivers.opening import (
     open_file,
 )
 from blockd.block.drivers.raw import RawDriver
+from blockd.block.drivers.throttle import ThrottleDriver
 from blockd.block.graph import Graph
 from blockd.block.holds import Follower, Hold
-from blockd.block.inflight import Gate
+from blockd.block.inflight import Gate, Reservations
 from blockd.block.node import BeforeWrite, Node
 from blockd.block.permissions import Access, Claim, Perm, Role
 
@@ -25,7 +29,9 @@ __all__ = [
     "Accounts",
     "Allocation",
     "BeforeWrite",
+    "BlkdebugDriver",
     "Claim",
+    "CopyOnReadDriver",
     "Counts",
     "Descriptor",
     "Driver",
@@ -34,11 +40,16 @@ __all__ = [
     "Gate",
     "Graph",
     "Hold",
+    "InjectError",
     "NewFile",
     "Node",
+    "NullDriver",
     "Perm",
     "RawDriver",
+    "Reservations",
     "Role",
+    "SetState",
+    "ThrottleDriver",
     "create_file",
     "guess_format",
     "is_block_device",

@@ -46,6 +46,10 @@ class Driver(ABC):
     #: Whether others may resize the nodes that this one stands on (``child_changed``).
     follows_child_size: bool = False
 
+    #: How often it came back to storage that may have lost completed writes which no flush had
+    #: made durable yet.
+    doubts: int = 0
+
     #: What tells the storage from any other, where that can be told.
     identity: tuple[int, int] | None = None
 
@@ -95,6 +99,9 @@ class Driver(ABC):
         A thread that runs is not cancelled.
         """
         return await trio.to_thread.run_sync(call)
+
+    def debug_event(self, event: str) -> None:  # noqa: B027 - only one driver listens
+        """Hear that what stands above has come to ``event`` (QEMU's names); for ``blkdebug``."""
 
     def read_nowait(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset`` at once, or raise ``WouldBlock`` (view then undefined)."""

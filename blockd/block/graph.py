@@ -17,6 +17,7 @@ from blockd.block.node import Node
 from blockd.block.permissions import Access, Claim, Perm, Role
 from blockd.block.settling import in_order_of_waits, settle
 from blockd.errors import BlockdError
+from blockd.objects import Objects
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 
@@ -24,7 +25,11 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 class Graph:
     """The nodes. A node made for its parent alone has a name of ours and goes with the parent."""
 
-    def __init__(self) -> None:
+    def __init__(self, tasks: trio.Nursery | None = None) -> None:
+        """``tasks``: for the drivers that need a task of their own, as long as they are open."""
+        self.tasks = tasks
+        #: What the options of nodes may name.
+        self.objects = Objects()
         self._nodes: dict[str, Node] = {}
         #: Nodes that the administrator named, and may therefore delete.
         self._owned: set[Node] = set()

@@ -63,6 +63,10 @@ class Reservations:
     def __init__(self) -> None:
         self._held: dict[Extent, trio.Event] = {}
 
+    def __bool__(self) -> bool:
+        """Whether anything is held."""
+        return bool(self._held)
+
     @asynccontextmanager
     async def reserve(self, wanted: Extent) -> AsyncIterator[None]:
         """Wait until nobody else holds a byte of ``wanted``, then hold it."""

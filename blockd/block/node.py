@@ -77,6 +77,12 @@ class Node:
         return self.driver.path
 
     @property
+    def doubts(self) -> int:
+        """As ``Driver.doubts``, with those of all that this node stands on."""
+        driver = self.driver
+        return driver.doubts + sum(child.doubts for child in driver.children.values())
+
+    @property
     def backing(self) -> Node | None:
         """The backing file, if there is one."""
         return self.driver.children.get(Role.BACKING)

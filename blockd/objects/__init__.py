@@ -1,9 +1,10 @@
 """What commands make for other commands to name: secrets, TLS credentials, throttle groups."""
 
 from blockd.objects.iothread import Iothread
+from blockd.objects.limits import Bucket, ThrottleLimits
 from blockd.objects.registry import Objects, UserObject
 from blockd.objects.secret import Secret
-from blockd.objects.throttle_group import Bucket, ThrottleGroup, ThrottleLimits
+from blockd.objects.throttle_group import ThrottleGroup
 from blockd.objects.tls import Endpoint, TlsAnon, TlsPsk, TlsX509
 
 __all__ = [

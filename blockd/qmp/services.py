@@ -28,8 +28,12 @@ class Services:
     stop: Callable[[], None]
     #: The daemon is ending: what would change something is refused.
     ending: bool = False
-    objects: Objects = field(default_factory=Objects)
     #: Held by the command that changes something: one at a time, as in QEMU.
     changes: trio.Lock = field(default_factory=trio.Lock)
     #: Held by the command that computes a bitmap's digest.
     digests: trio.Lock = field(default_factory=trio.Lock)
+
+    @property
+    def objects(self) -> Objects:
+        """What commands made for other commands to name."""
+        return self.graph.objects

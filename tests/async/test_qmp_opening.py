@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import trio
@@ -10,8 +10,9 @@ from trio.testing import wait_all_tasks_blocked
 
 from blockd.block import Driver, Graph, Node, Role
 from blockd.errors import BlockdError
+from blockd.qmp.commands.openers import OPENERS
 from blockd.qmp.opening import ROOT, Common, Openers, Opening, open_node
-from blockd.qmp.types.blockdev import CacheOptions, FileOptions, NodeOptions
+from blockd.qmp.types.blockdev import BlockdevOptions, CacheOptions, FileOptions, NodeOptions
 from tests.helpers.memory_driver import MemoryDriver
 from tests.helpers.memory_overlay import MemoryOverlay
 
@@ -178,3 +179,7 @@ async def test_a_cancelled_opening_leaves_nothing(subject: Subject) -> None:
         nursery.cancel_scope.cancel()
     assert subject.names() == []
     assert subject.drivers[0].closed
+
+
+def test_each_driver_that_is_declared_has_its_opener() -> None:
+    assert set(OPENERS) == set(get_args(BlockdevOptions))

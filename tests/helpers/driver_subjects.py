@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import trio
 
 from blockd.block import Driver, Node
+from blockd.block.drivers.blkdebug import BlkdebugDriver
+from blockd.block.drivers.copy_on_read import CopyOnReadDriver
 from blockd.block.drivers.file import FileDriver
 from blockd.block.drivers.opening import open_file
 from blockd.block.drivers.raw import RawDriver
+from blockd.block.drivers.throttle import ThrottleDriver
 from blockd.errors import BlockdError
+from blockd.listener import UnixAddress
+from blockd.nbd.client import NbdDriver, Target
+from blockd.objects import Bucket, ThrottleGroup, ThrottleLimits
 from tests.helpers.loop_device import loop_device
 from tests.helpers.memory_driver import MemoryDriver
+from tests.helpers.memory_overlay import MemoryOverlay
+from tests.helpers.nbd_process import nbdkit, qemu_nbd, serving
 
 #: No multiple of a sector, so that a file has a tail beyond its end.
 FILE_BYTES = 300_001
@@ -129,7 +139,54 @@ def memory_inline(directory: Path) -> Iterator[Subject]:
         yield subject
 
 
-Maker = Callable[[ExitStack, Path], Subject]
+@contextmanager
+def filtered(directory: Path, make: Callable[[Node], Driver]) -> Iterator[Subject]:
+    with file(directory) as below:
+        yield Subject(make(Node("child", below.driver)), below.model)
+
+
+def throttled(child: Node) -> Driver:
+    return ThrottleDriver(child, ThrottleGroup(ThrottleLimits(iops_total=Bucket(10**6))), "group")
+
+
+@contextmanager
+def copying_on_read(_: Path) -> Iterator[Subject]:
+    backing = Node("backing", MemoryDriver(bytes(sparse_content())))
+    overlay = MemoryOverlay(FILE_BYTES, backing)
+    yield Subject(CopyOnReadDriver(Node("overlay", overlay)), sparse_content())
+
+
+def over_nbd(stack: ExitStack, directory: Path, command: list[str]) -> LaterSubject:
+    """An export of the file that ``command`` serves."""
+    process = stack.enter_context(serving(command, directory / "nbd.sock"))
+    target = Target(UnixAddress(str(process.socket_path)))
+
+    async def connect(tasks: trio.Nursery) -> Subject:
+        driver = await NbdDriver.open(target, tasks, read_only=False, auto_read_only=False)
+        model = sparse_content() + bytes(driver.size_bytes - FILE_BYTES)
+        return Subject(driver, model, fixed_size=True)
+
+    return connect
+
+
+def over_qemu_nbd(stack: ExitStack, directory: Path) -> LaterSubject:
+    write_sparse(directory / "image")
+    return over_nbd(stack, directory, qemu_nbd(directory / "image"))
+
+
+def over_nbdkit(stack: ExitStack, directory: Path, *, block_bytes: int) -> LaterSubject:
+    """A server that takes whole blocks only, and no large ones."""
+    path = directory / "image"
+    write_sparse(path)
+    os.truncate(path, -(-FILE_BYTES // block_bytes) * block_bytes)
+    command = nbdkit("--filter=blocksize-policy", "file", str(path))
+    policy = [f"blocksize-minimum={block_bytes}", "blocksize-maximum=64K"]
+    return over_nbd(stack, directory, [*command, *policy, "blocksize-error-policy=error"])
+
+
+#: A subject that needs a nursery.
+LaterSubject = Callable[[trio.Nursery], Awaitable[Subject]]
+Maker = Callable[[ExitStack, Path], Subject | LaterSubject]
 
 SUBJECTS: dict[str, Maker] = {
     "file": lambda stack, path: stack.enter_context(file(path)),
@@ -145,6 +202,12 @@ SUBJECTS: dict[str, Maker] = {
     "raw": lambda stack, path: stack.enter_context(raw(path)),
     "raw-window": lambda stack, path: stack.enter_context(raw(path, offset=1000, size=204_800)),
     "raw-offset": lambda stack, path: stack.enter_context(raw(path, offset=65_536)),
+    "blkdebug": lambda stack, path: stack.enter_context(filtered(path, BlkdebugDriver)),
+    "throttle": lambda stack, path: stack.enter_context(filtered(path, throttled)),
+    "copy-on-read": lambda stack, path: stack.enter_context(copying_on_read(path)),
+    "nbd-qemu": over_qemu_nbd,
+    "nbd-nbdkit": lambda stack, path: over_nbdkit(stack, path, block_bytes=1),
+    "nbd-4k-blocks": lambda stack, path: over_nbdkit(stack, path, block_bytes=4096),
     "memory": lambda stack, path: stack.enter_context(memory(path)),
     "memory-inline": lambda stack, path: stack.enter_context(memory_inline(path)),
 }

@@ -80,6 +80,7 @@ class MemoryDriver(Driver):
     ) -> None:
         """``content`` may be a size. Pages of only zeroes are holes to ``allocation``."""
         self.name = "memory"
+        self.filename = "memory"
         self.data = bytearray(content)
         self.durable = bytes(self.data)
         self.size_bytes = len(self.data)

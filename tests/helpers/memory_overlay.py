@@ -66,6 +66,14 @@ class MemoryOverlay(MemoryDriver):
     async def discard(self, offset: int, length: int) -> None:
         await self.write_zeroes(offset, length, unmap=True)
 
+    async def truncate(self, size_bytes: int) -> None:
+        """What is added reads as zeroes, whatever the backing file has there."""
+        old_size = self.size_bytes
+        if old_size % PAGE_BYTES:
+            await self._keep_edges(old_size - 1, 1)
+        await super().truncate(size_bytes)
+        self.held.update(range(-(-old_size // PAGE_BYTES), -(-size_bytes // PAGE_BYTES)))
+
     async def _keep_edges(self, offset: int, length: int) -> None:
         """Hold the pages of a range, the parts beside it as they read now."""
         first, end = offset // PAGE_BYTES, -(-(offset + length) // PAGE_BYTES)

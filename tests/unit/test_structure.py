@@ -60,8 +60,13 @@ KNOWS: dict[str, set[str]] = {
     "qmp": {"backup", "bitmap", "block", "job", "objects"},
 }
 
-#: Where the two edges meet: what carries the parts of both, and the commands that join them.
-NBD_AND_QMP = {"blockd.qmp.services", "blockd.qmp.commands.export"}
+#: Where the two edges meet: what carries the parts of both, the commands that join
+#: them, and the opener of the nbd driver.
+NBD_AND_QMP = {
+    "blockd.qmp.services",
+    "blockd.qmp.commands.export",
+    "blockd.qmp.commands.openers",
+}
 
 #: Pure modules take what time and the outside world say as arguments.
 NOT_IN_PURE = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta
+from msgspec import Meta, field
 
-from blockd.qmp.types.base import Int64, Object
+from blockd.qmp.types.base import Int64, Object, UInt32
 
 
 class CacheOptions(Object, kw_only=True):
@@ -52,8 +52,163 @@ class RawOptions(NodeOptions, tag_field="driver", tag="raw", kw_only=True):
     size: Int64 | None = None
 
 
+class NullOptions(NodeOptions, tag_field="driver", tag="null-co", kw_only=True):
+    """No storage: reads as zeroes, forgets what is written. For measuring.
+
+    ``size``: in bytes, 1 GiB by default. ``latency-ns``: how long each request takes.
+    ``read-zeroes``: whether to say that it reads as zeroes.
+    """
+
+    size: Int64 | None = None
+    latency_ns: Int64 = 0
+    read_zeroes: bool = False
+
+
+class ThrottleOptions(NodeOptions, tag_field="driver", tag="throttle", kw_only=True):
+    """``file``, no faster than the object ``throttle-group`` allows to all of its nodes."""
+
+    throttle_group: str
+    file: BlockdevRef
+
+
+class CopyOnReadOptions(NodeOptions, tag_field="driver", tag="copy-on-read", kw_only=True):
+    """Keep in ``file`` what is read from its backing files, down to the node ``bottom``."""
+
+    file: BlockdevRef
+    bottom: str | None = None
+
+
+#: Where in QEMU's drivers something happens.
+BlkdebugEvent = Literal[
+    "l1_update",
+    "l1_grow_alloc_table",
+    "l1_grow_write_table",
+    "l1_grow_activate_table",
+    "l2_load",
+    "l2_update",
+    "l2_update_compressed",
+    "l2_alloc_cow_read",
+    "l2_alloc_write",
+    "read_aio",
+    "read_backing_aio",
+    "read_compressed",
+    "write_aio",
+    "write_compressed",
+    "vmstate_load",
+    "vmstate_save",
+    "cow_read",
+    "cow_write",
+    "reftable_load",
+    "reftable_grow",
+    "reftable_update",
+    "refblock_load",
+    "refblock_update",
+    "refblock_update_part",
+    "refblock_alloc",
+    "refblock_alloc_hookup",
+    "refblock_alloc_write",
+    "refblock_alloc_write_blocks",
+    "refblock_alloc_write_table",
+    "refblock_alloc_switch_table",
+    "cluster_alloc",
+    "cluster_alloc_bytes",
+    "cluster_free",
+    "flush_to_os",
+    "flush_to_disk",
+    "pwritev_rmw_head",
+    "pwritev_rmw_after_head",
+    "pwritev_rmw_tail",
+    "pwritev_rmw_after_tail",
+    "pwritev",
+    "pwritev_zero",
+    "pwritev_done",
+    "empty_image_prepare",
+    "l1_shrink_write_table",
+    "l1_shrink_free_l2_clusters",
+    "cor_write",
+    "cluster_alloc_space",
+    "none",
+]
+BlkdebugIoType = Literal["read", "write", "write-zeroes", "discard", "flush", "block-status"]
+
+
+class BlkdebugInjectErrorOptions(Object, kw_only=True):
+    """From ``event`` on, if ``state`` was the state then, requests fail.
+
+    ``iotype``: only such; by default all but block-status. ``sector``: only those that touch it.
+    ``errno``: with this number, by default EIO. ``once``: only the first. ``immediately``:
+    without giving others a turn before.
+    """
+
+    event: BlkdebugEvent
+    state: Int64 | None = None
+    iotype: BlkdebugIoType | None = None
+    errno: Int64 | None = None
+    sector: Int64 | None = None
+    once: bool | None = None
+    immediately: bool | None = None
+
+
+class BlkdebugSetStateOptions(Object, kw_only=True):
+    """``event`` changes the state to ``new_state``, if it was ``state``."""
+
+    event: BlkdebugEvent
+    state: Int64 | None = None
+    new_state: Int64 = field(name="new_state")
+
+
+class BlkdebugOptions(NodeOptions, tag_field="driver", tag="blkdebug", kw_only=True):
+    """``image``, with errors on demand, for tests. The state is 1 at first."""
+
+    image: BlockdevRef
+    inject_error: list[BlkdebugInjectErrorOptions] | None = None
+    set_state: list[BlkdebugSetStateOptions] | None = None
+
+
+class ServerAddress(Object, kw_only=True):
+    """Where a server is."""
+
+
+class InetServerAddress(ServerAddress, tag_field="type", tag="inet", kw_only=True):
+    """A TCP port by number or name."""
+
+    host: str
+    port: str
+    ipv4: bool | None = None
+    ipv6: bool | None = None
+
+
+class UnixServerAddress(ServerAddress, tag_field="type", tag="unix", kw_only=True):
+    """A socket in the file system."""
+
+    path: str
+
+
+class NbdOptions(NodeOptions, tag_field="driver", tag="nbd", kw_only=True):
+    """An export of an NBD server.
+
+    ``export``: its name, by default the empty one. ``open-timeout``: for so many seconds try to
+    connect. ``reconnect-delay``: when the connection is lost, requests wait for so many seconds
+    for it to come back, before they fail.
+    """
+
+    server: InetServerAddress | UnixServerAddress
+    export: str = ""
+    reconnect_delay: UInt32 = 0
+    open_timeout: UInt32 = 0
+
+
 #: The arguments of ``blockdev-add``: a variant for each driver.
-BlockdevOptions = RawOptions | FileOptions | HostDeviceOptions
+BlockdevOptions = (
+    RawOptions
+    | FileOptions
+    | HostDeviceOptions
+    | NullOptions
+    | NbdOptions
+    | BlkdebugOptions
+    | CopyOnReadOptions
+    | ThrottleOptions
+)
 #: A node by name, or one to be made with the node that needs it.
 BlockdevRef = Annotated[str | BlockdevOptions, Meta(title="BlockdevRef")]
 #: The same, or null for none, where to leave it out means that the image says which.

@@ -1,0 +1,125 @@
+"""From a server's address and an export's name to a connection in transmission."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import trio
+
+from blockd import limits
+from blockd.errors import BlockdError
+from blockd.listener import PORT_MAX, InetAddress, UnixAddress
+from blockd.nbd.client.connection import Connection
+from blockd.nbd.client.handshake import negotiate
+from blockd.nbd.client.stream import Stream
+from blockd.nbd.wire import ProtocolError
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An export of a server."""
+
+    address: UnixAddress | InetAddress
+    export: str = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As ``blockdev-add`` takes them."""
+        address = self.address
+        server: dict[str, Any]
+        if isinstance(address, UnixAddress):
+            server = {"type": "unix", "path": address.path}
+        else:
+            server = {"type": "inet", "host": address.host, "port": address.port}
+        return {"server": server} | ({"export": self.export} if self.export else {})
+
+    @property
+    def uri(self) -> str:
+        """The NBD URI (doc/uri.md of the NBD project)."""
+        name = quote(self.export, safe="")
+        if isinstance(self.address, UnixAddress):
+            path = f"/{name}" if name else ""
+            return f"nbd+unix://{path}?socket={self.address.path}"
+        host = f"[{self.address.host}]" if ":" in self.address.host else self.address.host
+        return f"nbd://{host}:{self.address.port}" + (f"/{name}" if name else "")
+
+
+async def connect(target: Target) -> Connection:
+    """Connect and haggle. Raises ``BlockdError`` with the reason."""
+    if len(target.export.encode()) > limits.NBD_STRING_BYTES:
+        raise BlockdError("export name too long to send to server")
+    try:
+        with trio.fail_after(limits.NBD_CLIENT_CONNECT_SECONDS):
+            stream = Stream(await _connect_socket(target.address))
+            try:
+                return Connection(stream, await negotiate(stream, target.export))
+            except BaseException:
+                stream.close()
+                raise
+    except trio.TooSlowError:
+        raise BlockdError(f"Failed to connect to '{_shown(target)}': no answer") from None
+    except (ProtocolError, struct.error) as error:
+        raise BlockdError(f"{_shown(target)} is no usable NBD server: {error}") from error
+    except ConnectionError as error:
+        raise BlockdError(f"Failed to read data: {error}") from error
+
+
+def _shown(target: Target) -> str:
+    address = target.address
+    return address.path if isinstance(address, UnixAddress) else f"{address.host}:{address.port}"
+
+
+async def _connect_socket(address: UnixAddress | InetAddress) -> socket.socket:
+    if isinstance(address, UnixAddress):
+        found = [(socket.AF_UNIX, address.path)]
+        shown = address.path
+    else:
+        shown = f"{address.host}:{address.port}"
+        found = await _resolve(address, shown)
+    failure: OSError | None = None
+    for family, sockaddr in found:
+        sock = trio.socket.socket(family, socket.SOCK_STREAM)
+        try:
+            await sock.connect(sockaddr)
+        except OSError as error:
+            sock.close()
+            failure = error
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return _plain(sock)
+    reason = os.strerror(failure.errno) if failure and failure.errno else "no address"
+    raise BlockdError(f"Failed to connect to '{shown}': {reason}")
+
+
+def _plain(sock: trio.socket.SocketType) -> socket.socket:
+    """The same connection, non-blocking; small requests are not kept back."""
+    plain = socket.socket(fileno=sock.detach())
+    plain.setblocking(False)
+    if plain.family != socket.AF_UNIX:
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return plain
+
+
+async def _resolve(address: InetAddress, shown: str) -> list[tuple[socket.AddressFamily, Any]]:
+    families = {
+        socket.AF_INET: address.ipv4 if address.ipv4 is not None else not address.ipv6,
+        socket.AF_INET6: address.ipv6 if address.ipv6 is not None else not address.ipv4,
+    }
+    if address.port.isdecimal() and int(address.port) > PORT_MAX:
+        # The C library would go to what is left of it in 16 bits.
+        raise BlockdError(
+            f"address resolution failed for {shown}: Servname not supported for ai_socktype"
+        )
+    try:
+        rows = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise BlockdError(f"address resolution failed for {shown}: {error.strerror}") from error
+    return [(family, sockaddr) for family, _, _, _, sockaddr in rows if families.get(family)]

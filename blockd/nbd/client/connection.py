@@ -1,0 +1,260 @@
+"""Transmission, seen from the client: many requests in flight on one connection.
+
+A task of its own receives, so that a server which waits for its replies to be taken never waits
+for one of its clients that waits for a request to be taken.
+
+Source: ``doc/proto.md``, "Transmission", "Structured reply types".
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass, field
+from errno import EIO
+from struct import Struct
+from typing import Final
+
+import trio
+
+from blockd import limits
+from blockd.nbd import wire
+from blockd.nbd.client.handshake import Export
+from blockd.nbd.client.stream import Disconnected, Stream
+from blockd.nbd.wire import Cmd, ProtocolError, ReplyFlag, ReplyType
+
+_HOLE: Final = Struct(">QI")  # offset, length
+_EXTENT: Final = Struct(">II")  # length, flags
+_ERROR_BIT: Final = 1 << 15
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A request in flight. ``into``: where a read's data goes; None: nobody wants it any more."""
+
+    type: int
+    offset: int
+    length: int
+    into: memoryview | None = None
+    #: Bytes that a read has got.
+    covered: int = 0
+    error: int = 0
+    status: list[tuple[int, int]] = field(default_factory=list)
+    #: Its reply has come, or never will.
+    ended: trio.Event = field(default_factory=trio.Event)
+
+
+@dataclass(slots=True, eq=False)
+class _Chunk:
+    """A reply, or a part of one, on its way: ``received`` bytes of ``length`` have come.
+
+    They go into ``data``; where that is None, into the request's memory, from ``at`` on.
+    """
+
+    cookie: int
+    pending: _Pending
+    type: int
+    last: bool
+    length: int = 0
+    at: int = 0
+    received: int = 0
+    data: bytearray = field(default_factory=bytearray)
+
+    def target(self, waste: memoryview) -> memoryview:
+        """Where the next bytes go: to ``waste`` when nobody wants them any more."""
+        rest = self.length - self.received
+        if self.type != ReplyType.OFFSET_DATA:
+            return memoryview(self.data)[self.received :]
+        if self.pending.into is None:
+            return waste[:rest]
+        start = self.at + self.received
+        return self.pending.into[start : start + rest]
+
+
+class Connection:
+    """One connection in transmission; once ``lost`` is set, it is of no more use."""
+
+    def __init__(self, stream: Stream, export: Export) -> None:
+        self.export = export
+        self.lost: Exception | None = None
+        self.lost_at = float("inf")
+        self._stream = stream
+        self._pending: dict[int, _Pending] = {}
+        self._cookie = 0
+        self._waste = memoryview(bytearray(limits.NBD_CLIENT_WASTE_BYTES))
+
+    def close(self) -> None:
+        """Hang up; whoever waits gets ``ConnectionError``."""
+        self._lose(Disconnected("closed"))
+
+    async def disconnect(self) -> None:
+        """Say that no more requests follow, and hang up."""
+        if self.lost is None:
+            with trio.move_on_after(limits.NBD_CLIENT_DISCONNECT_SECONDS):
+                await self._send(_header(0, _Pending(Cmd.DISC, 0, 0), 0))
+        self.close()
+
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Raises ``ConnectionError`` where the connection is lost, else ``OSError``."""
+        await self._request(_Pending(Cmd.READ, offset, len(view), view))
+
+    async def write(self, offset: int, view: memoryview) -> None:
+        """As ``read``; ``view`` must not change until this returns."""
+        await self._request(_Pending(Cmd.WRITE, offset, len(view)), payload=view)
+
+    async def change(self, command: Cmd, offset: int, length: int, flags: int = 0) -> None:
+        """A request without data: TRIM, WRITE_ZEROES or FLUSH."""
+        await self._request(_Pending(command, offset, length), flags=flags)
+
+    async def block_status(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Length and flags of each run of the range's ``base:allocation``; at least one."""
+        pending = _Pending(Cmd.BLOCK_STATUS, offset, length)
+        await self._request(pending)
+        if not pending.status:
+            raise OSError(EIO, "the server told no block status")
+        return pending.status
+
+    # -- asking --------------------------------------------------------------------------------
+
+    async def _request(
+        self, pending: _Pending, *, flags: int = 0, payload: bytes | memoryview = b""
+    ) -> None:
+        if self.lost is not None:
+            raise Disconnected("the connection is lost")
+        self._cookie += 1
+        cookie = self._cookie
+        self._pending[cookie] = pending
+        try:
+            await self._send(_header(flags, pending, cookie), payload)
+            await pending.ended.wait()
+        finally:
+            # Its reply may still come, but nothing of it may go into the caller's memory.
+            pending.into = None
+        if cookie in self._pending:
+            raise Disconnected("the connection is lost")
+        if pending.error:
+            raise OSError(pending.error, os.strerror(pending.error))
+
+    async def _send(self, header: bytes, payload: bytes | memoryview = b"") -> None:
+        try:
+            await self._stream.send(header, payload)
+        except (OSError, trio.ClosedResourceError) as error:
+            self._lose(error)
+            raise Disconnected("the connection is lost") from error
+
+    # -- receiving -----------------------------------------------------------------------------
+
+    async def receive(self) -> None:
+        """Receive replies until the connection is lost."""
+        try:
+            while True:
+                chunk = await self._receive_header()
+                await self._receive_payload(chunk)
+                self._end_chunk(chunk)
+        except (OSError, ProtocolError, struct.error, trio.ClosedResourceError) as error:
+            self._lose(error)
+        finally:
+            self.close()
+
+    async def _receive_header(self) -> _Chunk:
+        (magic,) = wire.U32.unpack(await self._stream.fill(wire.U32.size))
+        if magic == wire.SIMPLE_REPLY_MAGIC:
+            header = await self._stream.take(wire.SIMPLE_REPLY.size)
+            _, error, cookie = wire.SIMPLE_REPLY.unpack(header)
+            pending = self._find(cookie)
+            pending.error = error
+            if error or pending.type != Cmd.READ:
+                return _Chunk(cookie, pending, ReplyType.NONE, last=True)
+            return _Chunk(cookie, pending, ReplyType.OFFSET_DATA, last=True, length=pending.length)
+        if magic != wire.STRUCTURED_REPLY_MAGIC:
+            raise ProtocolError(f"bad reply magic 0x{magic:08x}")
+        return await self._receive_structured_header()
+
+    async def _receive_structured_header(self) -> _Chunk:
+        header = await self._stream.take(wire.STRUCTURED_HEADER.size)
+        _, flags, kind, cookie, length = wire.STRUCTURED_HEADER.unpack(header)
+        pending = self._find(cookie)
+        last = bool(flags & ReplyFlag.DONE)
+        if kind != ReplyType.OFFSET_DATA:
+            if length > limits.NBD_CLIENT_CHUNK_BYTES:
+                raise ProtocolError(f"a reply chunk of {length} bytes is too long")
+            return _Chunk(cookie, pending, kind, last=last, length=length, data=bytearray(length))
+        (offset,) = wire.OFFSET.unpack(await self._stream.take(wire.OFFSET.size))
+        length -= wire.OFFSET.size
+        self._check_within(pending, offset, length)
+        at = offset - pending.offset
+        return _Chunk(cookie, pending, kind, last=last, length=length, at=at)
+
+    def _find(self, cookie: int) -> _Pending:
+        pending = self._pending.get(cookie)
+        if pending is None:
+            raise ProtocolError(f"a reply to no request: cookie {cookie}")
+        return pending
+
+    @staticmethod
+    def _check_within(pending: _Pending, offset: int, length: int) -> None:
+        within = pending.offset <= offset and offset + length <= pending.offset + pending.length
+        if pending.type != Cmd.READ or length <= 0 or not within:
+            raise ProtocolError("a reply with data that were not asked for")
+
+    async def _receive_payload(self, chunk: _Chunk) -> None:
+        while chunk.received < chunk.length:
+            await self._stream.wait_some()
+            # Asked for only now: meanwhile the request's caller may have gone.
+            target = chunk.target(self._waste)
+            chunk.received += self._stream.take_some_into(target)
+
+    def _end_chunk(self, chunk: _Chunk) -> None:
+        pending = chunk.pending
+        match chunk.type:
+            case ReplyType.NONE:
+                pass
+            case ReplyType.OFFSET_DATA:
+                pending.covered += chunk.length
+            case ReplyType.OFFSET_HOLE:
+                self._end_hole(pending, chunk.data)
+            case ReplyType.BLOCK_STATUS:
+                pending.status += self._read_status(chunk.data)
+            case kind if kind & _ERROR_BIT:
+                (pending.error, _) = wire.ERROR_PAYLOAD.unpack_from(chunk.data)
+            case kind:
+                raise ProtocolError(f"an unknown reply chunk: {kind}")
+        if chunk.last:
+            self._end(chunk.cookie, pending)
+
+    def _end_hole(self, pending: _Pending, data: bytearray) -> None:
+        offset, length = _HOLE.unpack(data)
+        self._check_within(pending, offset, length)
+        pending.covered += length
+        if pending.into is not None:
+            at = offset - pending.offset
+            pending.into[at : at + length] = bytes(length)
+
+    def _read_status(self, data: bytearray) -> list[tuple[int, int]]:
+        (context,) = wire.U32.unpack_from(data)
+        if context != self.export.allocation_id:
+            return []
+        runs = list(_EXTENT.iter_unpack(data[wire.U32.size :]))
+        if not runs or not all(length for length, _ in runs):
+            raise ProtocolError("a block status without extents")
+        return runs
+
+    def _end(self, cookie: int, pending: _Pending) -> None:
+        if pending.type == Cmd.READ and not pending.error and pending.covered != pending.length:
+            raise ProtocolError("a reply without all the data")
+        del self._pending[cookie]
+        pending.ended.set()
+
+    def _lose(self, error: Exception) -> None:
+        if self.lost is None:
+            self.lost = error
+            self.lost_at = trio.current_time()
+            self._stream.close()
+            for pending in self._pending.values():
+                pending.ended.set()
+
+
+def _header(flags: int, pending: _Pending, cookie: int) -> bytes:
+    return wire.REQUEST.pack(
+        wire.REQUEST_MAGIC, flags, pending.type, cookie, pending.offset, pending.length
+    )
