@@ -14,6 +14,7 @@ from blockd.block.drivers.opening import (
     guess_format,
     is_block_device,
     open_file,
+    reopen_file,
 )
 from blockd.block.drivers.raw import RawDriver
 from blockd.block.drivers.throttle import ThrottleDriver
@@ -22,6 +23,7 @@ from blockd.block.holds import Follower, Hold
 from blockd.block.inflight import Gate, Reservations
 from blockd.block.node import BeforeWrite, Node
 from blockd.block.permissions import Access, Claim, Perm, Role
+from blockd.block.reopening import Reopening
 
 __all__ = [
     "SECTOR_BYTES",
@@ -46,6 +48,7 @@ __all__ = [
     "NullDriver",
     "Perm",
     "RawDriver",
+    "Reopening",
     "Reservations",
     "Role",
     "SetState",
@@ -54,4 +57,5 @@ __all__ = [
     "guess_format",
     "is_block_device",
     "open_file",
+    "reopen_file",
 ]

@@ -146,6 +146,9 @@ class Driver(ABC):
         """
         raise BlockdError("Image format driver does not support resize")
 
+    def take_over(self, before: Driver) -> None:  # noqa: B027 - most have nothing to take over
+        """Go on where ``before``, over the same storage, ends; called as it is replaced."""
+
     def child_changed(self) -> None:  # noqa: B027 - most need to do nothing
         """A node below has another size, or another one has taken its place: follow it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 
 import trio
@@ -15,7 +15,7 @@ from blockd.block.driver import Driver
 from blockd.block.holds import Follower, Hold
 from blockd.block.node import Node
 from blockd.block.permissions import Access, Claim, Perm, Role
-from blockd.block.settling import in_order_of_waits, settle
+from blockd.block.settling import from_the_top, in_order_of_waits, settle
 from blockd.errors import BlockdError
 from blockd.objects import Objects
 
@@ -243,6 +243,53 @@ class Graph:
                 if node in affected:
                     await stopped.enter_async_context(node.quiesced())
             yield
+
+    @asynccontextmanager
+    async def at_rest(self, nodes: Iterable[Node]) -> AsyncIterator[None]:
+        """The body runs with nothing under way in these nodes, and nothing beginning."""
+        wanted = set(nodes)
+        async with AsyncExitStack() as stopped:
+            # From the top, for what is under way in a node may need those below.
+            for node in tuple(from_the_top(self._below)):
+                if node in wanted:
+                    await stopped.enter_async_context(node.at_rest())
+            yield
+
+    def change_drivers(self, drivers: Mapping[Node, Driver]) -> list[Node]:
+        """Let nodes that are at rest have these drivers, and stand on what those stand on.
+
+        Returns the nodes that were made for one of them and that nobody needs any more. Raises
+        ``BlockdError`` where users of a node are in the way, and then nothing has changed.
+        """
+        for node in from_the_top(self._below):
+            writers = any(Perm.WRITE in claim.access.needs for claim in node.users)
+            if writers and node in drivers and drivers[node].read_only:
+                raise BlockdError(
+                    f"Read-only block node '{node.name}' cannot support read-write users"
+                )
+        before = [child for node in drivers for child in node.driver.children.values()]
+        with ExitStack() as undo:
+            undo.callback(settle, self._below)
+            for node, driver in drivers.items():
+                undo.callback(self._change_driver, node, node.driver)
+                self._change_driver(node, driver)
+            settle(self._below)
+            undo.pop_all()
+        for node in drivers:
+            for each in (node, *self.above(node)):
+                each.child_changed()
+        return [child for child in before if not child.users and child not in self._owned]
+
+    def _change_driver(self, node: Node, driver: Driver) -> None:
+        for role in list(self._below[node]):
+            self._unlink(node, role)
+        node.change_driver(driver)
+        for role, child in driver.children.items():
+            self._link(node, role, child)
+
+    def is_owned(self, node: Node) -> bool:
+        """Whether it was made for itself, and does not go with the node above."""
+        return node in self._owned
 
     def put_over(self, top: Node, node: Node) -> Callable[[], None]:
         """Put ``top`` between ``node`` and its users: exports and nodes above follow, jobs stay.

@@ -65,10 +65,9 @@ class Node:
         self.write_threshold = 0
         self._hooks: tuple[BeforeWrite, ...] = ()
         self._gate = Gate(on_change=self._choose_path)
-        self._reads = Gate()
+        self._reads = Gate(on_change=self._choose_path)
         self.bitmaps = NodeBitmaps(driver.size_bytes)
         self.bitmaps.on_change = self._choose_path
-        self.read_nowait = driver.read_nowait
         self._choose_path()
 
     @property
@@ -90,6 +89,7 @@ class Node:
     # -- the nowait paths --------------------------------------------------------------------
 
     def _choose_path(self) -> None:
+        self.read_nowait = self._refuse if self._reads.closed else self.driver.read_nowait
         if self._gate.closed or self.read_only:
             self._write_unwatched = self._refuse
         elif self._hooks:
@@ -189,11 +189,27 @@ class Node:
     async def flush(self) -> None:
         """Return once every write that had completed before is on stable storage."""
         with self.accounts.flush.of(0):
-            await self.driver.flush()
+            await self._reads.enter()
+            try:
+                await self.driver.flush()
+            finally:
+                self._reads.leave()
 
     async def allocation(self, offset: int, length: int) -> Sequence[Allocation]:
         """The range's allocation, as ``Driver.allocation`` gives it."""
-        return await self.driver.allocation(offset, length)
+        await self._reads.enter()
+        try:
+            return await self.driver.allocation(offset, length)
+        finally:
+            self._reads.leave()
+
+    async def allocated_bytes(self) -> int:
+        """How much space the storage takes. Raises ``OSError``."""
+        await self._reads.enter()
+        try:
+            return await self.driver.allocated_bytes()
+        finally:
+            self._reads.leave()
 
     async def _enter_write(self, offset: int, length: int, *, discard: bool = False) -> None:
         """Do what precedes every write. On return the caller owes one ``_gate.leave()``."""
@@ -267,9 +283,26 @@ class Node:
         async with self._gate.shut():
             yield
 
+    @asynccontextmanager
+    async def at_rest(self) -> AsyncIterator[None]:
+        """The body runs with nothing at all under way in the driver, and nothing beginning."""
+        async with self._gate.shut(), self._reads.shut():
+            yield
+
+    def change_driver(self, driver: Driver) -> None:
+        """Stand on other storage, or on the same in another way; only while at rest.
+
+        The node's size stays until ``child_changed``.
+        """
+        assert self._reads.closed
+        driver.take_over(self.driver)
+        self.driver = driver
+        self.read_only = driver.read_only
+        self._choose_path()
+
     async def close(self) -> None:
         """Close the driver, once all is over that was asked of the node while it had users."""
-        async with self._gate.shut(), self._reads.shut():
+        async with self.at_rest():
             await self.driver.close()
 
     def add_hook(self, hook: BeforeWrite) -> None:

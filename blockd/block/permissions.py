@@ -90,6 +90,7 @@ class Claim:
 
 #: Why a node may not be changed, deleted or covered, by the role of one of its users.
 _BLOCKERS: Mapping[Role, str] = {
+    Role.SOURCE: "block device is in use by block job: backup",
     Role.TARGET: "block device is in use by block job: backup",
     Role.BACKING: "node is used as backing hd of {}",
 }

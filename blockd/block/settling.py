@@ -14,7 +14,7 @@ from blockd.errors import BlockdError
 Below = Mapping[Node, Mapping[Role, tuple[Node, Claim]]]
 
 
-def _from_the_top(below: Below) -> Iterable[Node]:
+def from_the_top(below: Below) -> Iterable[Node]:
     """All nodes, each after all that stand on it."""
     order: TopologicalSorter[Node] = TopologicalSorter()
     for parent, children in below.items():
@@ -49,7 +49,7 @@ def settle(below: Below) -> None:
     Raises ``BlockdError`` where two users of a node conflict; then no claim is changed.
     """
     accesses: dict[Claim, Access] = {}
-    for node in _from_the_top(below):
+    for node in from_the_top(below):
         accesses = {claim: claim.access for claim in node.users} | accesses
         total = node.users.check(accesses)
         if Perm.WRITE in total.needs and node.read_only:

@@ -127,6 +127,16 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         ("block_resize", {"node-name": "n", "size": wrong}, wrong_type("size", "integer"))
         for wrong in (*_NO_INTEGER, 2**63)
     ],
+    # Nodes in a list.
+    ("blockdev-reopen", {}, missing("options")),
+    ("blockdev-reopen", {"options": {}}, wrong_type("options", "array")),
+    ("blockdev-reopen", {"options": [5]}, wrong_type("options[0]", "object")),
+    ("blockdev-reopen", {"options": [{}]}, missing("options[0].driver")),
+    (
+        "blockdev-reopen",
+        {"options": [{"driver": "raw", "file": {"driver": "file"}}]},
+        missing("options[0].file.filename"),
+    ),
     # What becomes of a node's writes.
     ("block-set-write-threshold", {"write-threshold": 5}, missing("node-name")),
     ("block-set-write-threshold", {"node-name": "n"}, missing("write-threshold")),

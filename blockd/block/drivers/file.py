@@ -86,6 +86,16 @@ class FileDriver(Driver):
         self._flushes_done = 0
 
     @property
+    def fd(self) -> int:
+        return self._fd
+
+    def take_over(self, before: Driver) -> None:
+        """What was lost by the driver before stays lost, so flushes go on failing."""
+        assert isinstance(before, FileDriver)
+        self.discards = before.discards
+        self._flush_error = before._flush_error  # noqa: SLF001 - one class
+
+    @property
     def path(self) -> str | None:
         return None if self.is_device else os.path.realpath(self.filename)
 

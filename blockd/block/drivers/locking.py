@@ -27,8 +27,10 @@ _NAMES = {_CONSISTENT_READ: "consistent read", _WRITE: "write", _RESIZE: "resize
 _FLOCK = struct.Struct("hhqqi4x")
 
 
-def lock_image(fd: int, filename: str, *, read_only: bool) -> None:
+def lock_image(fd: int, filename: str, *, read_only: bool, beside_writer: bool = False) -> None:
     """Hold ``fd``'s image: for reading, or for writing with no other writer beside it.
+
+    ``beside_writer``: another descriptor of ours holds it for writing, so nobody is in the way.
 
     Raises ``BlockdError`` where another process, or another node, holds it otherwise. A file
     system without such locks is used without them, as QEMU does by default.
@@ -40,6 +42,8 @@ def lock_image(fd: int, filename: str, *, read_only: bool) -> None:
             _lock(fd, _USED_AT + bit)
         for bit in denied:
             _lock(fd, _DENIED_AT + bit)
+        if beside_writer:
+            return
         for bit in used:
             if _locked(fd, _DENIED_AT + bit):
                 raise _conflict(filename, f'"{_NAMES[bit]}" lock')

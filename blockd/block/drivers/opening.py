@@ -34,7 +34,7 @@ def open_file(
     """
     if not filename:
         raise BlockdError("The 'file' block driver requires a file name")
-    fd, read_only = _open(filename, read_only=read_only, auto_read_only=auto_read_only)
+    fd, read_only = _open(filename, filename, read_only=read_only, auto_read_only=auto_read_only)
     with _closing_on_error(fd, f"Could not open '{filename}'"):
         _check_kind(filename, driver, os.fstat(fd).st_mode)
         os.set_blocking(fd, True)
@@ -44,6 +44,33 @@ def open_file(
                 fd, filename=filename, read_only=read_only, unmap=unmap, flushes=flushes
             )
         return FileDriver(fd, filename=filename, read_only=read_only, unmap=unmap, flushes=flushes)
+
+
+def reopen_file(
+    driver: FileDriver,
+    *,
+    read_only: bool,
+    auto_read_only: bool,
+    direct: bool,
+    unmap: bool,
+    flushes: bool,
+) -> FileDriver:
+    """Open the file of ``driver`` once more, whatever its name means now. Blocks.
+
+    It is held by both until one of them is closed. Raises ``BlockdError``.
+    """
+    filename = driver.filename
+    fd, read_only = _open(
+        f"/proc/self/fd/{driver.fd}", filename, read_only=read_only, auto_read_only=auto_read_only
+    )
+    with _closing_on_error(fd, f"Could not open '{filename}'"):
+        os.set_blocking(fd, True)
+        lock_image(fd, filename, read_only=read_only, beside_writer=not driver.read_only)
+        kind = DirectFileDriver if direct else FileDriver
+        reopened = kind(fd, filename=filename, read_only=read_only, unmap=unmap, flushes=flushes)
+    # It may have grown meanwhile, but its users go by this.
+    reopened.size_bytes = driver.size_bytes
+    return reopened
 
 
 @contextmanager
@@ -59,17 +86,18 @@ def _closing_on_error(fd: int, what: str) -> Iterator[None]:
         raise
 
 
-def _open(filename: str, *, read_only: bool, auto_read_only: bool) -> tuple[int, bool]:
+def _open(path: str, filename: str, *, read_only: bool, auto_read_only: bool) -> tuple[int, bool]:
+    """Open ``path``, which errors call ``filename``; whether it could be read only."""
     # A FIFO that nobody writes to would hold up its opening for ever.
     flags = os.O_CLOEXEC | os.O_NONBLOCK
     try:
         if not read_only:
             try:
-                return os.open(filename, os.O_RDWR | flags), False
+                return os.open(path, os.O_RDWR | flags), False
             except OSError as error:
                 if not auto_read_only or error.errno not in (errno.EACCES, errno.EROFS):
                     raise
-        return os.open(filename, os.O_RDONLY | flags), True
+        return os.open(path, os.O_RDONLY | flags), True
     except OSError as error:
         raise BlockdError(f"Could not open '{filename}': {error.strerror}") from error
 

@@ -135,7 +135,7 @@ class RawDriver(Driver):
         return [run.moved(-self.offset_bytes) for run in runs]
 
     async def allocated_bytes(self) -> int:
-        return await self.child.driver.allocated_bytes()
+        return await self.child.allocated_bytes()
 
     async def close(self) -> None:
         """The child is a node of its own and is closed as one."""

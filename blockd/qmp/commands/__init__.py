@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from blockd.qmp.commands import backup, bitmap, block, export, job, meta, objects, stats
+from blockd.qmp.commands import backup, bitmap, block, export, job, meta, objects, reopen, stats
 from blockd.qmp.dispatch import Command
 from blockd.qmp.introspection import Entity, describe
 from blockd.qmp.services import Services
@@ -40,6 +40,7 @@ COMMANDS = [
     Command.of(object_types.ObjectDel, objects.object_del),
     Command("blockdev-add", blockdev_types.BlockdevOptions, block.blockdev_add),
     Command.of(block_types.BlockdevDel, block.blockdev_del),
+    Command.of(block_types.BlockdevReopen, reopen.blockdev_reopen),
     Command.of(block_types.BlockResize, block.block_resize),
     Command.of(block_types.BlockSetWriteThreshold, block.block_set_write_threshold),
     Command.of(block_types.QueryBlock, block.query_block),

@@ -68,7 +68,7 @@ async def query_named_block_nodes(
     rows = []
     for node in services.graph:
         try:
-            allocated_bytes = await node.driver.allocated_bytes()
+            allocated_bytes = await node.allocated_bytes()
         except OSError:
             # Deleted meanwhile, or its storage is gone; the rest is known all the same.
             allocated_bytes = None

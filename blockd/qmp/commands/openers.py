@@ -55,7 +55,7 @@ async def _open_file(opening: Opening, options: FileOptions | HostDeviceOptions)
     )
 
 
-async def _open_raw(opening: Opening, options: RawOptions) -> Driver:
+async def open_raw(opening: Opening, options: RawOptions) -> Driver:
     common = opening.common
     child = await opening.child(Role.FILE, options.file)
     for name, value in (("offset", options.offset), ("size", options.size)):
@@ -168,5 +168,5 @@ OPENERS: Openers = {
     CopyOnReadOptions: _open_copy_on_read,
     FileOptions: _open_file,
     HostDeviceOptions: _open_file,
-    RawOptions: _open_raw,
+    RawOptions: open_raw,
 }

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from msgspec import field
 
 from blockd.qmp.types.base import Command, Int64, Object, Query, UInt64
+from blockd.qmp.types.blockdev import BlockdevOptions
 
 
 class BlockdevDel(Command, kw_only=True):
@@ -41,6 +42,22 @@ class BlockSetWriteThreshold(Command, kw_only=True):
 
     node_name: str
     write_threshold: UInt64
+
+
+class BlockdevReopen(Command, kw_only=True):
+    """Give nodes other options: all of them at one instant, or none.
+
+    Each is named by ``node-name`` and described as for ``blockdev-add``: what is not said has its
+    default. ``read-only``, ``cache``, ``discard`` and ``auto-read-only`` may change, and of a raw
+    node ``offset``, ``size`` and ``file``, to another node that is there. A node that was made
+    along with another is described within that one. Bitmaps, exports and names stay. Refused
+    while a job uses a node, for another size while an export does, and for ``read-only`` while
+    somebody writes.
+    """
+
+    command: ClassVar[str] = "blockdev-reopen"
+
+    options: list[BlockdevOptions]
 
 
 class FileSpecific(Object, kw_only=True):

@@ -1,0 +1,90 @@
+"""Other drivers for nodes that stay: all of them at one instant, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import trio
+
+from blockd.block.driver import Driver
+from blockd.block.graph import Graph
+from blockd.block.node import Node
+from blockd.block.permissions import Role
+from blockd.errors import BlockdError
+
+
+class Reopening:
+    """The drivers that some nodes are to get. What is planned ends with ``commit`` or ``abandon``.
+
+    Their bitmaps, users and figures stay the nodes'.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._planned: dict[Node, Driver] = {}
+
+    def check_free(self, node: Node) -> None:
+        """Raise ``BlockdError`` where a job uses the node: it holds on to the driver."""
+        for each in (node, *self._graph.above(node)):
+            each.users.check_not_busy(Role.TARGET, Role.SOURCE)
+
+    def check_no_cycle(self, node: Node, role: Role, child: Node) -> None:
+        """Raise ``BlockdError`` where ``child`` stands on ``node``, or will once this is done."""
+        if child is node or any(each is node for each in self._below(child)):
+            raise BlockdError(
+                f"Making '{child.name}' a {role.value} child of '{node.name}' would create a cycle"
+            )
+
+    def _below(self, node: Node) -> list[Node]:
+        children = list(self.children(node).values())
+        return children + [lower for child in children for lower in self._below(child)]
+
+    def children(self, node: Node) -> Mapping[Role, Node]:
+        """What ``node`` stands on, or will."""
+        return self._planned.get(node, node.driver).children
+
+    async def plan(self, node: Node, driver: Driver) -> None:
+        """Give ``node`` this driver in the end, and no other that was planned for it before."""
+        before = self._planned.pop(node, None)
+        self._planned[node] = driver
+        if before is not None:
+            await before.close()
+
+    async def abandon(self) -> None:
+        """Close what was planned."""
+        while self._planned:
+            _, driver = self._planned.popitem()
+            await driver.close()
+
+    async def commit(self) -> None:
+        """Let the nodes have their drivers, once no request is under way in them.
+
+        Raises ``BlockdError`` where their users stand in the way, and ``OSError`` where one can't
+        be flushed; all is as it was then, and what was planned is still to be abandoned.
+        """
+        self._check_sizes()
+        for node in self._planned:
+            if not node.read_only:
+                await node.flush()
+        async with self._graph.at_rest(self._planned):
+            old = {node: node.driver for node in self._planned}
+            left = self._graph.change_drivers(self._planned)
+        self._planned = {}
+        with trio.CancelScope(shield=True):
+            for driver in old.values():
+                await driver.close()
+            for child in left:
+                await self._graph.remove(child)
+
+    def _check_sizes(self) -> None:
+        """A user that relies on a size keeps it."""
+        for node, driver in self._planned.items():
+            if driver.size_bytes == node.size_bytes:
+                continue
+            self._graph.hold(node, "an unnamed block device", writes=False, resizes=True).release()
+            for upper in self._graph.above(node):
+                if upper in self._planned:
+                    raise BlockdError(
+                        f"Node '{node.name}' gets another size: reopen it first, and node "
+                        f"'{upper.name}' on top of it later"
+                    )
