@@ -43,6 +43,8 @@ class Driver(ABC):
     #: Whether ``flush`` does anything.
     flushes: bool = True
 
+    #: Whether it can stand on a backing file.
+    supports_backing: bool = False
     #: Whether others may resize the nodes that this one stands on (``child_changed``).
     follows_child_size: bool = False
 
@@ -148,6 +150,13 @@ class Driver(ABC):
 
     def take_over(self, before: Driver) -> None:  # noqa: B027 - most have nothing to take over
         """Go on where ``before``, over the same storage, ends; called as it is replaced."""
+
+    async def make_read_only(self) -> None:
+        """Let go of what only a writer needs: nothing is written any more. All is flushed.
+
+        Raises ``OSError``, and then it can be written to as before.
+        """
+        self.read_only = True
 
     def child_changed(self) -> None:  # noqa: B027 - most need to do nothing
         """A node below has another size, or another one has taken its place: follow it.

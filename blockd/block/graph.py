@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
@@ -18,6 +19,8 @@ from blockd.block.permissions import Access, Claim, Perm, Role
 from blockd.block.settling import from_the_top, in_order_of_waits, settle
 from blockd.errors import BlockdError
 from blockd.objects import Objects
+
+_log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 
@@ -210,12 +213,16 @@ class Graph:
         the place of this one. Raises ``BlockdError`` where another user forbids it.
         """
         needs = (Perm.WRITE if writes else Perm.NONE) | (Perm.RESIZE if resizes else Perm.NONE)
-        # Whoever does not change the size relies on it.
-        shares = Perm.WRITE | (Perm.RESIZE if resizes else Perm.NONE)
-        hold = Hold(node, Claim(user, role, Access(needs, shares), alone), follower, self._drop)
+        claim = Claim(user, role, Access(needs), alone)
+        hold = Hold(node, claim, follower, self._drop)
         self._holds.append(hold)
         try:
+            # Of two conflicts QEMU tells of that with what this user needs.
             settle(self._below)
+            if not resizes:
+                # Whoever does not change the size relies on it.
+                claim.access = Access(needs, Perm.WRITE)
+                settle(self._below)
         except BlockdError:
             hold.release()
             raise
@@ -298,6 +305,10 @@ class Graph:
         ``node`` is ``quiesced``. Returns what undoes it at the same instant. Raises
         ``BlockdError``, and then nothing has changed.
         """
+        if top in (node, *self.below(node)):
+            raise BlockdError(
+                f"Making '{node.name}' a backing child of '{top.name}' would create a cycle"
+            )
         moved = {top, *self.below(top)}
         parents = [each for each in self._parents(node) if each[0] not in moved]
         self._check_size(node, top)
@@ -305,6 +316,7 @@ class Graph:
             undo.callback(settle, self._below)
             if node not in top.driver.children.values():
                 self._replace_child(undo, top, Role.BACKING, node)
+                undo.callback(top.owe_flush(node))
             for hold in self._holds:
                 if hold.node is node and hold.follower is not None:
                     hold.move(top)
@@ -313,6 +325,24 @@ class Graph:
                 self._replace_child(undo, parent, role, top)
             settle(self._below)
             return undo.pop_all().close
+
+    async def retire(self, node: Node) -> None:
+        """Make ``node`` read-only, on which an overlay has been put; others may read its storage.
+
+        Those that were made for it alone become read-only with it. Where somebody needs to write,
+        or it can't be flushed, it stays as it is.
+        """
+        if any(Perm.WRITE in claim.access.needs for claim in node.users):
+            return
+        try:
+            await node.make_read_only()
+        except OSError as error:
+            _log.warning("node '%s' stays writable: %s", node.name, error)
+            return
+        settle(self._below)
+        for role, (child, _) in tuple(self._below[node].items()):
+            if role is not Role.BACKING and child not in self._owned and not child.read_only:
+                await self.retire(child)
 
     def _check_size(self, node: Node, top: Node) -> None:
         """Nobody may find a part of what he uses gone, and a job's node must not even grow."""

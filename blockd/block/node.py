@@ -63,6 +63,8 @@ class Node:
         self.inline = Inline()
         #: The byte past which somebody wants to hear of a write; 0 for nobody.
         self.write_threshold = 0
+        #: Those whose place this one has taken, and which have not been flushed since.
+        self._unflushed: set[Node] = set()
         self._hooks: tuple[BeforeWrite, ...] = ()
         self._gate = Gate(on_change=self._choose_path)
         self._reads = Gate(on_change=self._choose_path)
@@ -189,11 +191,22 @@ class Node:
     async def flush(self) -> None:
         """Return once every write that had completed before is on stable storage."""
         with self.accounts.flush.of(0):
+            for node in tuple(self._unflushed):
+                await node.flush()
+                self._unflushed.discard(node)
             await self._reads.enter()
             try:
                 await self.driver.flush()
             finally:
                 self._reads.leave()
+
+    def owe_flush(self, node: Node) -> Callable[[], None]:
+        """Take the place of ``node``: its writes too are on stable storage after a flush.
+
+        Returns what takes that back.
+        """
+        self._unflushed.add(node)
+        return lambda: self._unflushed.discard(node)
 
     async def allocation(self, offset: int, length: int) -> Sequence[Allocation]:
         """The range's allocation, as ``Driver.allocation`` gives it."""
@@ -299,6 +312,13 @@ class Node:
         self.driver = driver
         self.read_only = driver.read_only
         self._choose_path()
+
+    async def make_read_only(self) -> None:
+        """Flush it, and write no more: nobody wants to. Raises ``OSError``."""
+        async with self.quiesced():
+            await self.flush()
+            await self.driver.make_read_only()
+            self.read_only = True
 
     async def close(self) -> None:
         """Close the driver, once all is over that was asked of the node while it had users."""

@@ -18,6 +18,8 @@ class MemoryOverlay(MemoryDriver):
     Nothing of it is done at once; the backing node may be shorter.
     """
 
+    supports_backing = True
+
     def __init__(self, size_bytes: int, backing: Node | None, file: Node | None = None) -> None:
         """``file``: a node that stands below for nothing but to be there."""
         super().__init__(size_bytes, page_bytes=PAGE_BYTES)

@@ -22,7 +22,7 @@ from blockd.block.allocation import Allocation
 from blockd.block.descriptor import Descriptor
 from blockd.block.driver import Driver
 from blockd.block.drivers import blocking
-from blockd.block.drivers.locking import resizing
+from blockd.block.drivers.locking import resizing, share_writing
 from blockd.block.drivers.mounts import is_local
 from blockd.errors import BlockdError, WouldBlock
 
@@ -267,6 +267,10 @@ class FileDriver(Driver):
             return _size_bytes(self._fd)
 
         self.size_bytes = await self._in_thread(call)
+
+    async def make_read_only(self) -> None:
+        await self._in_thread(lambda: share_writing(self._fd))
+        self.read_only = True
 
     async def allocated_bytes(self) -> int:
         return await self._in_thread(lambda: os.fstat(self._fd).st_blocks * SECTOR_BYTES)

@@ -12,7 +12,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from blockd.errors import BlockdError
 
@@ -50,6 +50,13 @@ def lock_image(fd: int, filename: str, *, read_only: bool, beside_writer: bool =
         for bit in denied:
             if _locked(fd, _USED_AT + bit):
                 raise _conflict(filename, f'shared "{_NAMES[bit]}" lock')
+
+
+def share_writing(fd: int) -> None:
+    """Hold ``fd``'s image, which was held for writing, as one that is only read."""
+    with suppress(OSError):
+        for byte in (_USED_AT + _WRITE, _DENIED_AT + _WRITE):
+            _lock(fd, byte, fcntl.F_UNLCK)
 
 
 @contextmanager

@@ -5,7 +5,18 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from blockd.qmp.commands import backup, bitmap, block, export, job, meta, objects, reopen, stats
+from blockd.qmp.commands import (
+    backup,
+    bitmap,
+    block,
+    export,
+    job,
+    meta,
+    objects,
+    reopen,
+    snapshot,
+    stats,
+)
 from blockd.qmp.dispatch import Command
 from blockd.qmp.introspection import Entity, describe
 from blockd.qmp.services import Services
@@ -19,6 +30,7 @@ from blockd.qmp.types import export as export_types
 from blockd.qmp.types import job as job_types
 from blockd.qmp.types import meta as meta_types
 from blockd.qmp.types import objects as object_types
+from blockd.qmp.types import snapshot as snapshot_types
 
 
 def _query_commands(
@@ -42,6 +54,7 @@ COMMANDS = [
     Command.of(block_types.BlockdevDel, block.blockdev_del),
     Command.of(block_types.BlockdevReopen, reopen.blockdev_reopen),
     Command.of(block_types.BlockResize, block.block_resize),
+    Command.of(snapshot_types.BlockdevSnapshot, snapshot.blockdev_snapshot),
     Command.of(block_types.BlockSetWriteThreshold, block.block_set_write_threshold),
     Command.of(block_types.QueryBlock, block.query_block),
     Command.of(block_types.QueryBlockstats, stats.query_blockstats),
