@@ -39,8 +39,15 @@ class TaskCount(trio.abc.Instrument):
 _getaddrinfo = socket.getaddrinfo
 
 
-def getaddrinfo(host: Any, port: Any, *, type: int, flags: int) -> Any:  # noqa: A002
-    return _getaddrinfo(host, port, type=type, flags=flags | socket.AI_NUMERICHOST)
+def getaddrinfo(
+    host: Any,
+    port: Any,
+    family: int = 0,
+    type: int = 0,  # noqa: A002 - the name that it has
+    proto: int = 0,
+    flags: int = 0,
+) -> Any:
+    return _getaddrinfo(host, port, family, type, proto, flags | socket.AI_NUMERICHOST)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,8 @@ SCENE: list[tuple[str, dict[str, Any]]] = [
         },
     ),
 ]
+#: How long the daemon is to wait for somebody else: not longer than we wait for it.
+WAITS = {"open-timeout", "reconnect-delay"}
 #: Not at random: they end the session's or the daemon's life.
 NEVER = {"quit"}
 REMEMBERED = 200
@@ -104,6 +106,7 @@ class Commands:
         arguments: Any = self._value(self._types[command["arg-type"]], 0, "")
         while self._random.random() < 0.2:
             arguments = self._damaged(arguments)
+        arguments = without_long_waits(arguments)
         message: dict[str, Any] = {"execute": command["name"], "arguments": arguments}
         if self._random.random() < 0.2:
             message["id"] = self._anything(0)
@@ -199,6 +202,17 @@ class Commands:
                 [data[:at] + data[end:], data[:end] + data[at:], data[:at] + junk + data[at:]]
             )[:20_000]
         return data
+
+
+def without_long_waits(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: 1
+        if name in WAITS and isinstance(held, int) and held > 1
+        else without_long_waits(held)
+        for name, held in value.items()
+    }
 
 
 class QmpTarget:
