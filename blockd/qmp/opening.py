@@ -69,16 +69,17 @@ class Opening:
     async def child(self, role: Role, reference: str | NodeOptions) -> Node:
         """The node for ``role``: one that is there, or one that is made and goes with its parent.
 
-        Raises ``BlockdError``. The peer looks at a node's name when it has the node's ``file``.
+        Raises ``BlockdError``.
         """
         if isinstance(reference, str):
             node = self.graph.get(reference, device=reference)
-        else:
-            common = self.common.inherited(role)
-            node = await open_node(self._openers, self.graph, reference, common, owned=False)
-            self._made.append(node)
-        if role is Role.FILE:
-            self.check_name()
+            if role is Role.FILE:
+                # The peer looks at a node's name when it has the node's file.
+                self.check_name()
+            return node
+        common = self.common.inherited(role)
+        node = await open_node(self._openers, self.graph, reference, common, owned=False)
+        self._made.append(node)
         return node
 
     def check_name(self) -> None:
@@ -110,7 +111,8 @@ async def open_node(
     if getattr(options, "filename", None) == "":
         name = type(options).__struct_config__.tag
         raise BlockdError(f"The '{name}' block driver requires a file name")
-    if not hasattr(options, "file"):
+    if not isinstance(getattr(options, "file", None), str):
+        # Before a file is opened for nothing, and perhaps locked against its own second opening.
         opening.check_name()
     try:
         driver = await openers[type(options)](opening, options)

@@ -84,7 +84,7 @@ DIFFERENCES = [
     ),
     Difference(
         "block_resize",
-        r"Permission conflict on node 'src': .* unshared by an unnamed block device .*",
+        r"Permission conflict on node 'src': .* unshared by block job 'running' .*",
         r"Permission conflict on node 'src': .* unshared by node '#block' .*",
         "no filter is over a disk that is being backed up",
     ),

@@ -75,8 +75,6 @@ async def open_raw(opening: Opening, options: RawOptions) -> Driver:
 
 
 async def _open_null(opening: Opening, options: NullOptions) -> Driver:
-    if options.latency_ns < 0:
-        raise BlockdError("latency-ns is invalid")
     if options.size is not None and options.size < 0:
         raise BlockdError(f"Value '{options.size}' is out of range for parameter 'size'")
     return NullDriver(

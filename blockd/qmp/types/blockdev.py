@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, field
 
-from blockd.qmp.types.base import Int64, Object, UInt32
+from blockd.qmp.types.base import Int64, Object, UInt32, UInt64
 
 
 class CacheOptions(Object, kw_only=True):
@@ -60,7 +60,7 @@ class NullOptions(NodeOptions, tag_field="driver", tag="null-co", kw_only=True):
     """
 
     size: Int64 | None = None
-    latency_ns: Int64 = 0
+    latency_ns: UInt64 = 0
     read_zeroes: bool = False
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.helpers.scenario import Differs, Do, Scenario, do
-from tests.interop.words import delete, export, file, server
+from tests.interop.words import delete, export, file, refused, server
 
 
 def add(driver: str, name: str = "d", **options: Any) -> Do:
@@ -26,7 +26,11 @@ SCENARIOS = [
     Scenario(
         "driver-null-co",
         [
-            add("null-co", latency_ns=-1),
+            Differs(
+                add("null-co", latency_ns=-1),
+                "a negative number for an unsigned one is refused in one way",
+                refused("Parameter 'latency-ns' expects uint64"),
+            ),
             add("null-co"),
             add("null-co", "small", size=1000),
             add("null-co", "known", size=1 << 20, read_zeroes=True),
