@@ -10,7 +10,6 @@ from blockd.backup.plan import (
     BitmapMode,
     Performance,
     Sync,
-    choose_bitmap,
 )
 
 __all__ = [
@@ -22,6 +21,5 @@ __all__ = [
     "OnErrors",
     "Performance",
     "Sync",
-    "choose_bitmap",
     "plan_backup",
 ]

@@ -85,12 +85,8 @@ class BackupJob(Job):
 
     # -- the start ---------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Freeze the bitmap and put the point-in-time view in, with no guest write in between."""
-        async with self._source.quiesced():
-            self._begin()
-
-    def _begin(self) -> None:
+    def start(self) -> None:
+        """Freeze the bitmap and put the point-in-time view in; the source is quiesced."""
         used = self._plan.used
         frozen = None if used is None else FrozenBitmap(used, self._plan.sync, self.id)
         try:
@@ -109,12 +105,17 @@ class BackupJob(Job):
             )
         except BaseException:
             if frozen is not None:
-                frozen.conclude(succeeded=False, unsaved=None)
+                frozen.revoke()
             raise
         self._frozen = frozen
         for hook in self._hooks():
             self._source.add_hook(hook)
         self.set_total((self._clusters.count_at_once() or 0) << self._clusters.shift)
+
+    def revoke(self) -> None:
+        self._remove_hooks()
+        if self._frozen is not None:
+            self._frozen.revoke()
 
     async def run(self) -> None:
         try:
@@ -157,9 +158,8 @@ class BackupJob(Job):
                 errno.EIO, "the target was away, and may have lost what it had not flushed"
             )
 
-    async def commit(self) -> None:
-        async with self._source.quiesced():
-            self._end(succeeded=True, unsaved=self._unsaved)
+    def commit(self) -> None:
+        self._end(succeeded=True, unsaved=self._unsaved)
 
     async def abort(self) -> None:
         """Give the bitmap back, with all that may be missing on the target.

@@ -30,6 +30,11 @@ class FrozenBitmap:
         """Whether the bitmap, after a failure, keeps only what was not copied."""
         return self._mode is BitmapMode.ALWAYS
 
+    def revoke(self) -> None:
+        """Take the freeze back at the instant at which it was made; ``conclude`` is not due."""
+        self._concluded = True
+        self._freeze.reclaim()
+
     async def list_unsaved(self, clusters: Clusters) -> Bits:
         """What is not on the target of all that was to be copied; ask when copying has ended."""
         rest = self._freeze.snapshot.empty_copy()

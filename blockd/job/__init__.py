@@ -1,6 +1,7 @@
 """Jobs: what they have in common, whatever they copy. Knows no other package of the daemon."""
 
 from blockd.job.failure import JobError
+from blockd.job.group import Group
 from blockd.job.job import Job
 from blockd.job.jobs import Jobs
 from blockd.job.rate import RateLimit, check_speed
@@ -19,6 +20,7 @@ __all__ = [
     "MAY",
     "NEXT",
     "ErrorAction",
+    "Group",
     "IoStatus",
     "Job",
     "JobError",

@@ -6,14 +6,14 @@ import errno as errnos
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import trio
 
 from blockd import limits
 from blockd.errors import BlockdError
 from blockd.events import Bus
-from blockd.job.failure import CANCELLED, clean_up, guarded
+from blockd.job.failure import clean_up
 from blockd.job.rate import RateLimit, check_speed
 from blockd.job.states import (
     MAY,
@@ -26,21 +26,26 @@ from blockd.job.states import (
     action_on_error,
 )
 
+if TYPE_CHECKING:
+    # It leads jobs, as this module defines them.
+    from blockd.job.group import Group
+
 
 class Job(ABC):
-    """One job, from its creation to its dismissal. ``Jobs.start`` brings it to life.
+    """One job, from its creation to its dismissal. ``Jobs`` brings it to life, in a ``Group``.
 
     A subclass says what the job does, in the hooks below; they are called in this order and each
     at most once::
 
-        start                  the instant of the job's start
+        start                  at the instant of the job's start
+        revoke                 at the same instant: it does not begin after all; then only close
         run, prepare           may be cancelled at any await, and may fail
-        commit                 all has gone well
+        commit                 at one instant for all of the group: all has gone well
         abort                  it has not: something failed, even commit, or it was cancelled
         close                  always
 
     A hook fails by raising: ``JobError`` or ``OSError`` where that was to be reckoned with. The
-    last three are shielded from cancellation; one that takes longer than
+    last two are shielded from cancellation; one that takes longer than
     ``limits.JOB_CLEANUP_SECONDS`` is cancelled after all and counts as failed, so its effect is
     one step without an await, and nothing is awaited after it.
 
@@ -73,16 +78,19 @@ class Job(ABC):
         self._rate = RateLimit(speed)
         self._in_flight = 0
         self._waiters = trio.lowlevel.ParkingLot()
-        #: What a cancel cancels; None from the moment at which the job's end is decided.
-        self._scope: trio.CancelScope | None = trio.CancelScope()
-        self._finalized = trio.Event()
+        #: Those that it ends with, from the moment at which it begins.
+        self._group: Group | None = None
         self._concluded = trio.Event()
 
     # --- what a subclass says ----------------------------------------------------------------
 
     @abstractmethod
-    async def start(self) -> None:
-        """Take effect at one instant, or raise having undone everything."""
+    def start(self) -> None:
+        """Take effect, or raise having changed nothing."""
+
+    @abstractmethod
+    def revoke(self) -> None:
+        """Undo ``start``, which nothing has followed yet."""
 
     @abstractmethod
     async def run(self) -> None:
@@ -93,12 +101,12 @@ class Job(ABC):
         """Make the result durable. What can fail at the end fails here."""
 
     @abstractmethod
-    async def commit(self) -> None:
+    def commit(self) -> None:
         """Let the result count."""
 
     @abstractmethod
     async def abort(self) -> None:
-        """Undo what ``start`` did."""
+        """Undo what ``start`` did, as far as it can be undone now."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -182,35 +190,6 @@ class Job(ABC):
         """Some I/O of the job is in flight."""
         return self._in_flight > 0
 
-    def info(self) -> dict[str, Any]:
-        """The job's row of ``query-jobs``."""
-        return {
-            "current-progress": self.current_progress,
-            "status": self.status.value,
-            "total-progress": self.total_progress,
-            "type": self.kind,
-            "id": self.id,
-            **self._error_field(),
-        }
-
-    def block_info(self) -> dict[str, Any]:
-        """The job's row of ``query-block-jobs``."""
-        return {
-            "auto-finalize": self.auto_finalize,
-            "io-status": self.io_status.value,
-            "device": self.id,
-            "auto-dismiss": self.auto_dismiss,
-            "busy": self.busy,
-            "len": self.total_progress,
-            "offset": self.current_progress,
-            "status": self.status.value,
-            "paused": self.paused,
-            "speed": self.speed,
-            "ready": self.status in (Status.READY, Status.STANDBY),
-            "type": self.kind,
-            **self._error_field(),
-        }
-
     def pause(self) -> None:
         """Stop at the next turn; at once where nothing is in flight."""
         self._require(Verb.PAUSE)
@@ -224,7 +203,7 @@ class Job(ABC):
         if not self.paused:
             raise BlockdError("Can't resume a job that was not paused")
         self._require(Verb.RESUME)
-        self._end_pause()
+        self.end_pause()
 
     def set_speed(self, speed: int) -> None:
         """Limit the speed to bytes per second, 0 for no limit, from now on."""
@@ -243,30 +222,30 @@ class Job(ABC):
         raise BlockdError("Job type does not support change")
 
     async def cancel(self) -> None:
-        """Cancel the job and wait until it has concluded.
+        """Cancel the job and wait until it has concluded, with its group.
 
         The wait is at most ``limits.CANCEL_REPLY_SECONDS``, because an I/O in flight may hang;
         the job then concludes later.
         """
         self.request_cancel()
         with trio.move_on_after(limits.CANCEL_REPLY_SECONDS):
-            await self._concluded.wait()
+            await self._wait_ended()
 
     def request_cancel(self) -> None:
         """Cancel the job, which concludes later; refused once its result is being committed."""
         self._require(Verb.CANCEL)
-        if self._scope is None:
-            raise self._refusal(Verb.CANCEL)
-        self.cancelled = True
-        # Cancelled first, no task of a paused job begins another turn when the pause ends.
-        self._scope.cancel()
-        self._end_pause()
+        # One that has no group will never have one: it is being given up.
+        if self._group is not None:
+            if self._group.committing:
+                raise self._refusal(Verb.CANCEL)
+            self._group.cancel()
 
     async def finalize(self) -> None:
-        """Let a pending job finish, and wait until it has concluded, well or not."""
+        """Let a pending job and its group finish, and wait until they have concluded."""
         self._require(Verb.FINALIZE)
-        self._finalized.set()
-        await self._concluded.wait()
+        if self._group is not None:
+            self._group.finalize()
+        await self._wait_ended()
 
     def dismiss(self) -> None:
         """Forget a concluded job; its id is free again."""
@@ -276,7 +255,12 @@ class Job(ABC):
     async def wait_concluded(self) -> None:
         await self._concluded.wait()
 
-    # --- its life, as the registry leads it ----------------------------------------------------
+    async def _wait_ended(self) -> None:
+        await self._concluded.wait()
+        if self._group is not None:
+            await self._group.ended.wait()
+
+    # --- its life, as the registry and its group lead it ---------------------------------------
 
     def create(self, bus: Bus, forget: Callable[[Job], None]) -> None:
         """Come into being; ``forget`` is called when the job has become ``null``."""
@@ -289,25 +273,8 @@ class Job(ABC):
             self._move(Status.NULL)
             raise
 
-    async def begin(self) -> None:
-        """Call ``start``; where that raises, nothing has happened yet."""
-        assert self._scope is not None
-        with self._scope as scope:
-            await self.start()
-        if scope.cancelled_caught:
-            raise BlockdError(f"Job '{self.id}' was cancelled before it started")
-        self._scope = trio.CancelScope()
-        if self.cancelled:
-            self._scope.cancel()
-        self._move(Status.RUNNING)
-        # Clients expect to see the pause in which the start took place.
-        self._move(Status.PAUSED)
-        if not self.paused:
-            self._move(Status.RUNNING)
-
     async def give_up(self) -> None:
-        """End a job that could not be started."""
-        self._scope = None
+        """End a job that does not begin; its ``start`` was refused or revoked, or never called."""
         if self.status is Status.CREATED:
             self._move(Status.ABORTING)
         await clean_up(self.id, self.close)
@@ -316,37 +283,40 @@ class Job(ABC):
             self._move(Status.NULL)
         self._concluded.set()
 
-    async def live(self) -> None:
-        """Lead the job from its start to its conclusion; only a cancellation gets out of here."""
-        assert self._scope is not None
-        error: str | None = None
-        try:
-            error = await guarded(self.id, self._work, self._scope)
-        except BaseException:
-            # Not the job is cancelled but everything.
-            self.cancelled = True
-            raise
-        finally:
-            await self._conclude(CANCELLED if self.cancelled else error)
+    def begin(self, group: Group) -> None:
+        """Begin to run, in the pause in which the start takes place: clients expect to see it."""
+        self._group = group
+        self._move(Status.RUNNING)
+        self._move(Status.PAUSED)
 
-    async def _work(self) -> None:
+    def go(self) -> None:
+        """End the pause of the start."""
+        self._move(Status.RUNNING)
+
+    async def work(self) -> None:
+        """Do all that is done before the end of the group."""
         await self.run()
         await self.pause_point()
         self._move(Status.WAITING)
+
+    def become_pending(self) -> None:
+        """All of the group have done their work."""
         self._move(Status.PENDING)
         if not self.auto_finalize:
             self._bus.publish("BLOCK_JOB_PENDING", {"type": self.kind, "id": self.id})
-            await self._finalized.wait()
-        await self.prepare()
 
-    async def _conclude(self, error: str | None) -> None:
-        self._scope = None
-        if error is None:
-            error = await clean_up(self.id, self.commit)
-        if error is not None:
-            self.error = error
-            self._end_pause()
+    def fail(self, error: str) -> None:
+        """Say why it fails. One that only waits for others is shown to when it is its turn."""
+        self.error = error
+        self.end_pause()
+        if self.status is Status.RUNNING:
             self._move(Status.ABORTING)
+
+    async def conclude(self) -> None:
+        """End, by ``commit`` having been called or else with ``error``."""
+        if self.error is not None:
+            if self.status is not Status.ABORTING:
+                self._move(Status.ABORTING)
             await clean_up(self.id, self.abort)
         await clean_up(self.id, self.close)
         self._publish_end()
@@ -364,7 +334,9 @@ class Job(ABC):
             "speed": self.speed,
             "type": self.kind,
         }
-        self._bus.publish(name, data if self.cancelled else data | self._error_field())
+        if self.error is not None and not self.cancelled:
+            data["error"] = self.error
+        self._bus.publish(name, data)
 
     # --- states --------------------------------------------------------------------------------
 
@@ -389,12 +361,10 @@ class Job(ABC):
         if self.paused and not self.cancelled and not self.busy and self.status is Status.RUNNING:
             self._move(Status.PAUSED)
 
-    def _end_pause(self) -> None:
+    def end_pause(self) -> None:
+        """Go on, where the job is paused, or is about to be."""
         self.paused = False
         self.io_status = IoStatus.OK
         if self.status is Status.PAUSED:
             self._move(Status.RUNNING)
         self._waiters.unpark_all()
-
-    def _error_field(self) -> dict[str, str]:
-        return {} if self.error is None else {"error": self.error}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -11,6 +12,8 @@ import trio
 
 from blockd.errors import BlockdError, DeviceNotActiveError
 from blockd.events import Bus
+from blockd.job.group import Group
+from blockd.job.info import block_job_info, job_info
 from blockd.job.job import Job
 from blockd.job.states import Status
 
@@ -20,7 +23,7 @@ _JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 
 class Jobs:
-    """Starts jobs in a nursery and keeps each until it is dismissed.
+    """Runs jobs in a nursery and keeps each until it is dismissed.
 
     A job that fails never disturbs the nursery. When the nursery is cancelled, every job aborts
     before its task ends.
@@ -31,19 +34,26 @@ class Jobs:
         self._bus = bus
         self._jobs: dict[str, Job] = {}
 
-    async def start(self, job: Job) -> None:
-        """Start a job; it runs when this returns. The job is this object's from the call on.
+    def admit(self, job: Job) -> None:
+        """Make a job known, and let its start take effect; ``begin`` or ``revoke`` follows.
 
-        Where it raises (``BlockdError`` for an id that is invalid or taken, for a negative
-        speed, or whatever ``job.start`` raises), nothing has happened and the job is closed.
+        Raises ``BlockdError`` for an id that is invalid or taken, for a negative speed, and
+        whatever ``job.start`` raises. Then nothing has happened yet, and ``give_up`` is due.
         """
-        try:
-            self._admit(job)
-            await job.begin()
-        except BaseException:
-            await job.give_up()
-            raise
-        self._nursery.start_soon(job.live, name=f"job {job.id}")
+        self.check_id(job.id)
+        self._jobs[job.id] = job
+        job.create(self._bus, self._forget)
+        job.start()
+
+    def begin(self, groups: Sequence[Group]) -> None:
+        """Let the jobs of the groups run, which were admitted at this instant, oldest first."""
+        jobs = [(job, group) for group in reversed(groups) for job in group.jobs]
+        for job, group in jobs:
+            job.begin(group)
+        for job, _ in jobs:
+            job.go()
+        for group in groups:
+            self._nursery.start_soon(group.live)
 
     def get(self, job_id: str) -> Job:
         """The job a ``job-*`` command names, or ``BlockdError``."""
@@ -62,11 +72,11 @@ class Jobs:
 
     def query(self) -> list[dict[str, Any]]:
         """What ``query-jobs`` answers."""
-        return [job.info() for job in self.newest_first()]
+        return [job_info(job) for job in self.newest_first()]
 
     def query_block(self) -> list[dict[str, Any]]:
         """What ``query-block-jobs`` answers."""
-        return [job.block_info() for job in self.newest_first()]
+        return [block_job_info(job) for job in self.newest_first()]
 
     async def cancel_all(self, deadline_seconds: float) -> None:
         """Cancel every job, wait until all have concluded, and dismiss them.
@@ -92,11 +102,6 @@ class Jobs:
             raise BlockdError(f"Invalid job ID '{job_id}'")
         if job_id in self._jobs:
             raise BlockdError(f"Job ID '{job_id}' already in use")
-
-    def _admit(self, job: Job) -> None:
-        self.check_id(job.id)
-        self._jobs[job.id] = job
-        job.create(self._bus, self._forget)
 
     def _forget(self, job: Job) -> None:
         del self._jobs[job.id]

@@ -157,9 +157,9 @@ async def test_the_mark_goes_before_the_bitmap_forgets(target: Target) -> None:
         commit = job.commit
         seen: list[tuple[list[str], int]] = []
 
-        async def watched_commit() -> None:
+        def watched_commit() -> None:
             seen.append((target.needs(), bitmap.count_bytes))
-            await commit()
+            commit()
 
         job.commit = watched_commit  # type: ignore[method-assign]
         await rig.start(job)

@@ -17,7 +17,7 @@ from blockd.backup import BackupJob, BackupRequest, BitmapMode, OnErrors, Sync, 
 from blockd.block import FileDriver, Node
 from blockd.errors import BlockdError, WouldBlock
 from blockd.events import Bus
-from blockd.job import Jobs
+from blockd.job import Group, Jobs
 
 _Result = TypeVar("_Result")
 
@@ -110,7 +110,9 @@ async def test_every_backup_is_the_disk_at_its_start(tmp_path: Path) -> None:
         jobs = Jobs(nursery, Bus())
         for number in range(BACKUPS):
             job = backup(source, target, full=number % 10 == 0)
-            await jobs.start(job)
+            async with source.quiesced():
+                jobs.admit(job)
+                jobs.begin([Group([job], source.quiesced)])
             # There was no checkpoint between the job's start and this.
             frozen = disk.content()
             if number % 5 == 4:

@@ -93,20 +93,20 @@ class Running:
 
 
 def hold_the_end(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    real_cancel_all, real_start = Jobs.cancel_all, Jobs.start
+    real_cancel_all, real_admit = Jobs.cancel_all, Jobs.admit
 
     async def cancel_all(self: Jobs, deadline_seconds: float) -> None:
         running.ending.set()
         await running.finish.wait()
         await real_cancel_all(self, deadline_seconds)
 
-    async def start(self: Jobs, job: Any) -> None:
+    def admit(self: Jobs, job: Any) -> None:
         if running.ending.is_set():
             running.late_jobs.append(job.id)
-        await real_start(self, job)
+        real_admit(self, job)
 
     monkeypatch.setattr(Jobs, "cancel_all", cancel_all)
-    monkeypatch.setattr(Jobs, "start", start)
+    monkeypatch.setattr(Jobs, "admit", admit)
     monkeypatch.setattr(ServiceManager, "ready", lambda _: running.ready.set())
     # It would end this process.
     monkeypatch.setattr(limits, "LAST_RESORT_SECONDS", 100 * PATIENCE_SECONDS)

@@ -10,6 +10,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from blockd.job import Job, OnError
+from blockd.job.info import block_job_info
 from tests.helpers.fake_job import CHUNK_BYTES, FakeJob, Plan, Scene, scene
 
 EIO = OSError(errno.EIO, "")
@@ -18,7 +19,7 @@ ENOSPC = OSError(errno.ENOSPC, "")
 
 def state(job: Job) -> tuple[str, bool, bool]:
     """Status, paused, busy."""
-    info = job.block_info()
+    info = block_job_info(job)
     return info["status"], info["paused"], info["busy"]
 
 
@@ -106,22 +107,6 @@ async def test_an_error_outside_a_turn_stops_at_once(autojump_clock: MockClock) 
         assert state(job) == ("paused", True, False)
 
 
-async def test_a_job_may_start_paused(autojump_clock: MockClock) -> None:
-    async with scene() as on:
-        job = FakeJob(on.story, Plan(hook_seconds={"start": 5}))
-        on.nursery.start_soon(on.start, job)
-        await trio.sleep(1)
-        await on.do("pause")
-        await trio.sleep(10)
-        assert state(job) == ("paused", True, False)
-        await on.do("resume")
-        await job.wait_concluded()
-    assert " ".join(on.story.lines) == (
-        "start: created pause: ok, [start], running, paused, ok resume: running, ok, waiting, "
-        "pending, [prepare], [commit], [close], COMPLETED 4/4, concluded, null"
-    )
-
-
 @pytest.mark.parametrize(
     ("errors", "io_status"),
     [
@@ -137,14 +122,14 @@ async def test_io_status_says_why_a_job_stopped(
         plan = Plan(errors=errors, policy=OnError.STOP, chunk_seconds=1)
         job = FakeJob(on.story, plan, auto_dismiss=False)
         await on.start(job)
-        assert job.block_info()["io-status"] == "ok"
+        assert block_job_info(job)["io-status"] == "ok"
         await trio.sleep(5)
-        assert job.block_info()["io-status"] == io_status
+        assert block_job_info(job)["io-status"] == io_status
         job.handle_error("read", errno.EIO, OnError.STOP)
         job.handle_error("read", errno.ENOSPC, OnError.STOP)
-        assert job.block_info()["io-status"] == io_status  # the first reason
+        assert block_job_info(job)["io-status"] == io_status  # the first reason
         await on.do(command)
-        assert job.block_info()["io-status"] == "ok"
+        assert block_job_info(job)["io-status"] == "ok"
 
 
 @pytest.mark.parametrize("policy", [OnError.REPORT, OnError.IGNORE])
@@ -155,7 +140,7 @@ async def test_io_status_stays_where_nothing_stops(
     async with scene() as on:
         job = FakeJob(on.story, Plan(errors={1: EIO}, policy=policy), **options)
         await on.play(job)
-        assert job.block_info()["io-status"] == "ok"
+        assert block_job_info(job)["io-status"] == "ok"
         assert job.status == "concluded"
 
 

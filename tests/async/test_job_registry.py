@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
-from trio.testing import MockClock, wait_all_tasks_blocked
+from trio.testing import MockClock
 
 from blockd.errors import BlockdError, DeviceNotActiveError
 from tests.helpers.fake_job import CHUNK_BYTES, FakeJob, Plan, scene
@@ -86,50 +86,10 @@ async def test_a_start_raises_what_it_fails_with(error: Exception) -> None:
     async with scene() as on:
         on.story.command("start")
         with pytest.raises(type(error)) as info:
-            await on.jobs.start(FakeJob(on.story, Plan(errors={"start": error})))
+            await on.begin(FakeJob(on.story, Plan(errors={"start": error})))
         assert info.value is error
         assert on.jobs.newest_first() == []
     assert on.story.lines == ["start: created, [start], aborting, [close], concluded, null"]
-
-
-async def test_a_start_whose_command_is_cancelled(autojump_clock: MockClock) -> None:
-    async with scene() as on:
-        on.story.command("start")
-        with trio.move_on_after(1):
-            await on.jobs.start(FakeJob(on.story, Plan(hook_seconds={"start": 5})))
-        assert on.jobs.newest_first() == []
-    assert on.story.lines == ["start: created, aborting, [close], concluded, null"]
-
-
-async def test_a_job_cancelled_while_it_starts(autojump_clock: MockClock) -> None:
-    async with scene() as on:
-        on.nursery.start_soon(on.start, FakeJob(on.story, Plan(hook_seconds={"start": 5})))
-        await trio.sleep(1)
-        await on.do("cancel")
-        await wait_all_tasks_blocked()
-        assert on.jobs.newest_first() == []
-    said = "aborting, [close], concluded, null"
-    refused = "REFUSED Job 'j' was cancelled before it started"
-    first, second = on.story.lines
-    assert first == "start: created"
-    assert second in (f"cancel: {said}, ok, {refused}", f"cancel: {said}, {refused}, ok")
-
-
-async def test_a_job_cancelled_while_it_starts_all_the_same(autojump_clock: MockClock) -> None:
-    """What has taken effect is undone."""
-
-    class Stubborn(FakeJob):
-        async def start(self) -> None:
-            with trio.CancelScope(shield=True):
-                await super().start()
-
-    async with scene() as on:
-        on.nursery.start_soon(on.start, Stubborn(on.story, Plan(hook_seconds={"start": 0.5})))
-        await wait_all_tasks_blocked()
-        await on.do("cancel")
-        assert on.jobs.newest_first() == []
-    assert on.story.lines[0] == "start: created"
-    assert on.story.lines[1].startswith("cancel: [start], running, paused, running, ok, aborting")
 
 
 async def test_rows_of_the_queries(autojump_clock: MockClock) -> None:

@@ -41,7 +41,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
     "blockdev-backup": (
         "blockdev-backup",
         {**BACKUP, "job-id": "k", "target": "u", "bitmap": "b", "bitmap-mode": "never"}
-        | {"sync": "bitmap"},
+        | {"sync": "bitmap", "auto-finalize": False},
     ),
     "job-cancel": ("job-cancel", {"id": "j"}),
 }

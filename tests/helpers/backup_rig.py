@@ -22,7 +22,7 @@ from blockd.backup import (
 from blockd.bitmap import DirtyBitmap
 from blockd.block import Claim, Node, Role
 from blockd.events import Bus, Event
-from blockd.job import Jobs, Status
+from blockd.job import Group, Jobs, Status
 from tests.helpers.memory_driver import MemoryDriver
 
 CLUSTER = 1024
@@ -104,7 +104,13 @@ class Rig:
 
     async def start(self, job: BackupJob) -> bytes:
         """Start a job; returns what the source held at that instant."""
-        await self.jobs.start(job)
+        try:
+            async with self.source.quiesced():
+                self.jobs.admit(job)
+                self.jobs.begin([Group([job], self.source.quiesced)])
+        except BaseException:
+            await job.give_up()
+            raise
         # There was no checkpoint between the job's start and this.
         return bytes(self.source_driver.data)
 

@@ -16,7 +16,7 @@ import trio
 
 from blockd.errors import BlockdError
 from blockd.events import Bus, Event
-from blockd.job import ErrorAction, Job, Jobs, OnError
+from blockd.job import ErrorAction, Group, Job, Jobs, OnError
 
 CHUNK_BYTES = 64 * 1024
 
@@ -96,8 +96,11 @@ class FakeJob(Job):
         self._errors = dict(self.plan.errors)
         self.set_total(self.plan.chunks * CHUNK_BYTES)
 
-    async def start(self) -> None:
-        await self._hook("start")
+    def start(self) -> None:
+        self._told("start")
+
+    def revoke(self) -> None:
+        self._told("revoke")
 
     async def run(self) -> None:
         await self._hook("run")
@@ -108,8 +111,8 @@ class FakeJob(Job):
     async def prepare(self) -> None:
         await self._hook("prepare")
 
-    async def commit(self) -> None:
-        await self._hook("commit")
+    def commit(self) -> None:
+        self._told("commit")
 
     async def abort(self) -> None:
         await self._hook("abort")
@@ -119,10 +122,19 @@ class FakeJob(Job):
 
     async def _hook(self, name: str) -> None:
         await trio.sleep(self.plan.hook_seconds.get(name, 0))
+        self._told(name)
+
+    def _told(self, name: str) -> None:
         if name != "run":
             self.story.tell(f"[{name}]" if self.id == "j" else f"{self.id} [{name}]")
         if name in self._errors:
             raise self._errors.pop(name)
+
+    @asynccontextmanager
+    async def instant(self) -> AsyncIterator[None]:
+        """When the job may commit, after as many seconds as the plan has for that."""
+        await trio.sleep(self.plan.hook_seconds.get("commit", 0))
+        yield
 
     async def _work_on(self) -> None:
         while self._todo:
@@ -157,8 +169,24 @@ class Scene:
         self.story = Story(bus)
         self.jobs = Jobs(nursery, bus)
 
-    async def start(self, job: Job) -> None:
-        await self.command("start", lambda: self.jobs.start(job))
+    async def start(self, *jobs: FakeJob) -> None:
+        """A command that starts jobs, which end together where there are several."""
+        await self.command("start", lambda: self.begin(*jobs))
+
+    async def begin(self, *jobs: FakeJob) -> None:
+        """The same, with no words in the story. Raises what ``Jobs.admit`` raises."""
+        started: list[FakeJob] = []
+        try:
+            for job in jobs:
+                self.jobs.admit(job)
+                started.append(job)
+        except BaseException:
+            for job in reversed(started):
+                job.revoke()
+            for job in reversed(jobs[: len(started) + 1]):
+                await job.give_up()
+            raise
+        self.jobs.begin([Group(jobs, jobs[0].instant)])
 
     async def do(self, command: str, job_id: str = "j") -> None:
         """A command by its name: a method of the job; ``set-speed`` has its argument behind it."""
@@ -176,7 +204,7 @@ class Scene:
         except BlockdError as error:
             self.story.tell(f"REFUSED {error.message}")
 
-    async def play(self, job: Job, commands: Sequence[tuple[float, str]] = ()) -> str:
+    async def play(self, job: FakeJob, commands: Sequence[tuple[float, str]] = ()) -> str:
         """Start a job, give each command at its time, and tell the story of the next minutes."""
         begin = trio.current_time()
         await self.start(job)

@@ -70,11 +70,17 @@ def _matches(pattern: str, refusal: Refusal) -> bool:
 DIFFERENCES = [
     Difference(
         "drive-backup",
-        r"(must provide|Bitmap|sync mode|Cannot specify|Job ID|Invalid job ID|Backing file).*",
-        r"Could not (create|open) .*|Unknown (driver|file format|protocol) .*|Node '.*' is busy.*"
-        r"|The 'file' block driver requires a file name|Failed to get \"resize\" lock"
-        r"|Compression is not supported for this drive ",
-        "the target may be somebody's data: it is looked at when nothing else is wrong",
+        r"Failed to get \"write\" lock.*",
+        r"Driver 'raw' of node '#block' does not support backing files|Job ID .*|Invalid job ID .*"
+        r"|must provide .*|Bitmap .*|sync mode .*|Cannot specify .*|Node '.*' is busy.*"
+        r"|Failed to get \"resize\" lock",
+        "a file that a node stands on is no target, whatever else is wrong",
+    ),
+    Difference(
+        "drive-backup",
+        r"Backing file not supported for file format 'raw'",
+        r"Node '.*' is busy.*",
+        "no target is made for what can't be",
     ),
     Difference(
         "*",
