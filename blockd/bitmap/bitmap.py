@@ -162,17 +162,30 @@ class DirtyBitmap:
         """Mark no guest writes from now on. Nothing happens where that is so already."""
         self._become(Stopped(self.usable_bits()))
 
-    def clear(self) -> None:
-        """Forget every mark."""
-        self.usable_bits().clear()
+    def clear(self) -> Bits:
+        """Forget every mark; the result is what was marked, for ``put_back``."""
+        bits = self.usable_bits()
+        self.put_back(bits.empty_copy())
+        return bits
 
-    def merge_from(self, sources: Sequence[Bits]) -> None:
-        """Add the bits of all ``sources``, or of none where the size of one differs."""
+    def merge_from(self, sources: Sequence[Bits]) -> Bits:
+        """Add the bits of all ``sources``, or of none where the size of one differs.
+
+        The result is what was marked before, for ``put_back``.
+        """
         bits = self.usable_bits()
         for source in sources:
             bits.check_same_size(source)
+        merged = bits.copy()
         for source in sources:
-            bits.merge(source)
+            merged.merge(source)
+        self.put_back(merged)
+        return bits
+
+    def put_back(self, bits: Bits) -> None:
+        """Mark what is marked in ``bits``, and nothing else; they are given away with the call."""
+        self._owner.fold()
+        self._become(idle(bits, recording=isinstance(self._usable(), Recording)))
 
     def freeze(self, job: str) -> Freeze:
         """Set the bits aside for ``job``; guest writes are marked in a successor from now on.

@@ -22,12 +22,13 @@ def commands_in_blocks(root: Path) -> list[list[dict[str, Any]]]:
     return [[json.loads(line) for line in block.splitlines()] for block in blocks]
 
 
-def carry_out(qmp: QmpClient, commands: list[dict[str, Any]]) -> None:
-    """All the commands, of which the last begins a backup; and wait for the backup."""
+def carry_out(qmp: QmpClient, commands: list[dict[str, Any]], *, backups: int = 1) -> None:
+    """All the commands, of which the last begins so many backups; and wait for those."""
     for command in commands:
         qmp.execute(command["execute"], command.get("arguments"))
-    completed = qmp.wait_event("BLOCK_JOB_COMPLETED")
-    assert "error" not in completed["data"]
+    for _ in range(backups):
+        completed = qmp.wait_event("BLOCK_JOB_COMPLETED")
+        assert "error" not in completed["data"]
 
 
 def test_the_readme_leads_to_a_backup_like_the_disk(daemon: Daemon, tmp_path: Path) -> None:
@@ -35,7 +36,9 @@ def test_the_readme_leads_to_a_backup_like_the_disk(daemon: Daemon, tmp_path: Pa
         (tmp_path / directory).mkdir(parents=True)
     disk, backup = tmp_path / "srv/vm/disk.img", tmp_path / "srv/backup/disk.img"
     disk.write_bytes(b"before" + bytes(DISK_BYTES - 6))
-    first, second = commands_in_blocks(tmp_path)
+    log = tmp_path / "srv/vm/log.img"
+    log.write_bytes(b"log" + bytes(DISK_BYTES - 3))
+    first, second, third = commands_in_blocks(tmp_path)
     assert first[0] == {"execute": "qmp_capabilities"}
     with QmpClient(daemon.qmp_path) as qmp:
         carry_out(qmp, first[1:])
@@ -45,4 +48,8 @@ def test_the_readme_leads_to_a_backup_like_the_disk(daemon: Daemon, tmp_path: Pa
         carry_out(qmp, second)
         assert b"written since" in backup.read_bytes()
         assert backup.read_bytes() == disk.read_bytes()
+        guest.write(DISK_BYTES // 4, b"and later")
+        carry_out(qmp, third, backups=2)
+        assert backup.read_bytes() == disk.read_bytes()
+        assert (tmp_path / "srv/backup/log.img").read_bytes() == log.read_bytes()
         guest.close()

@@ -16,6 +16,11 @@ from msgspec import inspect
 from tests.helpers.busy_daemon import JOBS
 from tests.helpers.qmp_mistakes import least_object, structs
 
+_ABORT = {"type": "abort", "data": {}}
+# (The peer dies of one that enables what is not there.)
+_CLEAR = {"type": "block-dirty-bitmap-clear", "data": {"node": "src", "name": "nope"}}
+_BACKUP = {"type": "blockdev-backup", "data": {"device": "free", "target": "nope", "sync": "full"}}
+
 #: Command, member, the values to try; the first line that fits counts. None leaves the member
 #: out. While others are tried a member has its first value: one that is refused.
 VALUES: list[tuple[str, str, list[Any]]] = [
@@ -46,6 +51,7 @@ VALUES: list[tuple[str, str, list[Any]]] = [
     ("object-del", "id", ["nope", "", "obj"]),
     ("blockdev-add", "node-name", ["src", "", "1", "a" * 32]),
     ("blockdev-add", "filename", ["DIR/none", "DIR", "", "DIR/free.img"]),
+    ("transaction", "actions", [[_ABORT], [_CLEAR], [_BACKUP], [_BACKUP, _ABORT]]),
     ("*", "format", [None, "nope", "", "raw"]),
     ("*", "bitmap", [None, "nope", "", "busy", "idle"]),
     *[

@@ -40,8 +40,11 @@ _MERGE = "block-dirty-bitmap-merge"
 _INTO = {"node": "n", "target": "b"}
 _BACKUP = {"device": "n", "sync": "full", "target": "t"}
 _START = "nbd-server-start"
+_TRANSACTION = "transaction"
+_ABORT: dict[str, object] = {"type": "abort", "data": {}}
 _EXPORT = {"type": "nbd", "id": "e", "node-name": "n"}
 
+_NO_OBJECT: list[object] = [5, None, [], "abort"]
 _NO_STRING: list[object] = [0, True, None, [], {}]
 _NO_BOOLEAN: list[object] = [0, 1, None, "true", [], {}, 1.0]
 _NO_INTEGER: list[object] = ["1", 1.0, True, None, [], {}]
@@ -176,4 +179,52 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ),
     (_START, {"max-connections": -1}, expects("max-connections", "uint32_t")),
     (_START, {"handshake-max-seconds": "1"}, expects("handshake-max-seconds", "uint64")),
+    # Actions of a transaction.
+    (_TRANSACTION, {}, missing("actions")),
+    (_TRANSACTION, {"actions": {}}, wrong_type("actions", "array")),
+    *[
+        (_TRANSACTION, {"actions": [_ABORT, wrong]}, wrong_type("actions[1]", "object"))
+        for wrong in _NO_OBJECT
+    ],
+    (_TRANSACTION, {"actions": [{"data": {}}]}, missing("actions[0].type")),
+    (
+        _TRANSACTION,
+        {"actions": [{"type": 5, "data": {}}]},
+        wrong_type("actions[0].type", "string"),
+    ),
+    (_TRANSACTION, {"actions": [{"type": "quit", "data": {}}]}, no_value("type", "quit")),
+    (_TRANSACTION, {"actions": [_ABORT, {"type": "abort"}]}, missing("actions[1].data")),
+    (
+        _TRANSACTION,
+        {"actions": [{"type": "abort", "data": []}]},
+        wrong_type("actions[0].data", "object"),
+    ),
+    (
+        _TRANSACTION,
+        {"actions": [{"type": "abort", "data": {"x": 1}}]},
+        unexpected("actions[0].data.x"),
+    ),
+    (_TRANSACTION, {"actions": [{**_ABORT, "x": 1}]}, unexpected("actions[0].x")),
+    (
+        _TRANSACTION,
+        {"actions": [{"type": _ADD, "data": {"node": "n"}}]},
+        missing("actions[0].data.name"),
+    ),
+    (
+        _TRANSACTION,
+        {"actions": [{"type": _MERGE, "data": {**_INTO, "bitmaps": [5]}}]},
+        wrong_type("null", "BlockDirtyBitmapOrStr"),
+    ),
+    (
+        _TRANSACTION,
+        {"actions": [{"type": "blockdev-backup", "data": {**_BACKUP, "mode": "existing"}}]},
+        unexpected("actions[0].data.mode"),
+    ),
+    (_TRANSACTION, {"actions": [], "properties": 5}, wrong_type("properties", "object")),
+    (
+        _TRANSACTION,
+        {"actions": [], "properties": {"completion-mode": "x"}},
+        no_value("completion-mode", "x"),
+    ),
+    (_TRANSACTION, {"actions": [], "properties": {"x": 1}}, unexpected("properties.x")),
 ]

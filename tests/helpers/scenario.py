@@ -26,7 +26,7 @@ from blockd.nbd.wire import Info, TransmissionFlag
 from tests.helpers.daemon import PATIENCE_SECONDS
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.nbd_codec import NbdError
-from tests.helpers.tidy import Message, split_at_reply, tidy, without_noise
+from tests.helpers.tidy import Message, job_by_job, split_at_reply, tidy, without_noise
 
 MIB = 1024 * 1024
 DISK_BYTES = 3 * MIB
@@ -161,6 +161,16 @@ class Both:
         if not any(self.last.ends_with(event) for event in events):
             events += self.last.play(stage)
         return [*events, reply]
+
+
+@dataclass(frozen=True)
+class EachJob:
+    """A step whose events are told job by job: what happens to several is mixed by time."""
+
+    step: Step
+
+    def play(self, stage: Stage) -> list[Message]:
+        return job_by_job(self.step.play(stage))
 
 
 @dataclass(frozen=True)
@@ -344,15 +354,15 @@ class Terminate:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A story. Whatever it leaves is looked at in the end, and then ended as ``ending`` says."""
+    """A story. What it leaves is looked at by ``queries``, and then ended as ``ending`` says."""
 
     name: str
     steps: Sequence[Step]
     ending: Step = field(default_factory=lambda: Do("quit"))
+    queries: Sequence[str] = ("query-jobs", "query-block-exports", "query-named-block-nodes")
 
     def all_steps(self) -> list[Step]:
-        queries = ["query-jobs", "query-block-exports", "query-named-block-nodes"]
-        return [*self.steps, *map(Do, queries), self.ending, End()]
+        return [*self.steps, *map(Do, self.queries), self.ending, End()]
 
     def play(self, program: Program, directory: Path) -> list[list[Message]]:
         stage = Stage(program, directory)

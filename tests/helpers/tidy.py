@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ START = ["created", "running", "paused", "running"]
 BEFORE_REPLY = {
     "blockdev-backup": START,
     "drive-backup": START,
+    "transaction": START,
     "block-job-pause": [],
     "job-pause": [],
     "block-job-resume": ["running"],
@@ -119,10 +121,31 @@ def split_at_reply(
     changes = BEFORE_REPLY.get(command)
     if changes is None:
         return events, []
-    job = next(arguments[key] for key in ("job-id", "id", "device") if key in arguments)
+    jobs = jobs_of(command, arguments)
     for end in range(len(events) + 1):
-        if statuses(events[:end], job) == changes:
+        if all(statuses(events[:end], job) == changes for job in jobs):
             rest = events[end:]
-            others = [event for event in rest if job not in event["data"].values()]
+            others = [event for event in rest if not {*jobs} & {*event["data"].values()}]
             return events[:end] + others, [event for event in rest if event not in others]
     return events, []
+
+
+def jobs_of(command: str, arguments: Message) -> list[str]:
+    """The jobs that a command is about."""
+    if command == "transaction":
+        datas = [action["data"] for action in arguments["actions"]]
+        return [data["job-id"] for data in datas if "job-id" in data]
+    return [next(arguments[key] for key in ("job-id", "id", "device") if key in arguments)]
+
+
+def job_by_job(items: list[Message]) -> list[Message]:
+    """``items`` with each run of events in the order of the jobs that they are about."""
+    runs = itertools.groupby(items, key=lambda item: "event" in item)
+    return [
+        item for is_events, run in runs for item in (sorted(run, key=_job) if is_events else run)
+    ]
+
+
+def _job(event: Message) -> str:
+    data = event["data"]
+    return str(data.get("id", data.get("device")))

@@ -16,6 +16,7 @@ from blockd.qmp.commands import (
     reopen,
     snapshot,
     stats,
+    transaction,
 )
 from blockd.qmp.dispatch import Command
 from blockd.qmp.introspection import Entity, describe
@@ -31,6 +32,7 @@ from blockd.qmp.types import job as job_types
 from blockd.qmp.types import meta as meta_types
 from blockd.qmp.types import objects as object_types
 from blockd.qmp.types import snapshot as snapshot_types
+from blockd.qmp.types import transaction as transaction_types
 
 
 def _query_commands(
@@ -75,6 +77,7 @@ COMMANDS = [
     Command.of(export_types.QueryBlockExports, export.query_block_exports),
     Command.of(backup_types.DriveBackup, backup.drive_backup),
     Command.of(backup_types.BlockdevBackup, backup.blockdev_backup),
+    Command.of(transaction_types.Transaction, transaction.transaction),
     Command.of(job_types.JobPause, job.pause),
     Command.of(job_types.JobResume, job.resume),
     Command.of(job_types.JobCancel, job.cancel, concurrent=True),

@@ -11,6 +11,7 @@ import trio
 from blockd.bitmap import Bits, DirtyBitmap, check_granularity, default_granularity_bytes
 from blockd.block import Node
 from blockd.errors import BlockdError
+from blockd.qmp.commands.action import Change
 from blockd.qmp.services import Services
 from blockd.qmp.types.bitmap import (
     BlockDirtyBitmapAdd,
@@ -24,40 +25,77 @@ from blockd.qmp.types.bitmap import (
 
 
 async def add(services: Services, arguments: BlockDirtyBitmapAdd) -> None:
-    if not arguments.name:
-        raise BlockdError("Bitmap name cannot be empty")
-    node = services.graph.get(arguments.node, device=arguments.node)
+    async with _node_to_add_to(services, arguments).quiesced():
+        do_add(services, arguments).commit()
+
+
+def remove(services: Services, arguments: BlockDirtyBitmapRemove) -> None:
+    do_remove(services, arguments).commit()
+
+
+async def clear(services: Services, arguments: BlockDirtyBitmapClear) -> None:
+    async with _node(services, arguments.node).quiesced():
+        do_clear(services, arguments).commit()
+
+
+async def enable(services: Services, arguments: BlockDirtyBitmapEnable) -> None:
+    async with _node(services, arguments.node).quiesced():
+        do_enable(services, arguments).commit()
+
+
+def disable(services: Services, arguments: BlockDirtyBitmapDisable) -> None:
+    do_disable(services, arguments).commit()
+
+
+def merge(services: Services, arguments: BlockDirtyBitmapMerge) -> None:
+    do_merge(services, arguments).commit()
+
+
+def do_add(services: Services, arguments: BlockDirtyBitmapAdd) -> Change:
+    node = _node_to_add_to(services, arguments)
     granularity_bytes = arguments.granularity
     if granularity_bytes is None:
         granularity_bytes = default_granularity_bytes(node.driver.cluster_size_bytes)
     check_granularity(granularity_bytes)
     if arguments.persistent:
         raise BlockdError(f"Can't store persistent bitmaps to {node.name}: Operation not supported")
-    async with node.quiesced():
-        node.bitmaps.add(arguments.name, granularity_bytes, disabled=arguments.disabled)
+    node.bitmaps.add(arguments.name, granularity_bytes, disabled=arguments.disabled)
+    return Change(undo=lambda: node.bitmaps.remove(arguments.name))
 
 
-def remove(services: Services, arguments: BlockDirtyBitmapRemove) -> None:
-    _node(services, arguments.node).bitmaps.remove(arguments.name)
-
-
-async def clear(services: Services, arguments: BlockDirtyBitmapClear) -> None:
+def do_remove(services: Services, arguments: BlockDirtyBitmapRemove) -> Change:
+    """Until the commit the bitmap is there and in use, as in QEMU."""
     node = _node(services, arguments.node)
-    async with node.quiesced():
-        node.bitmaps.get(arguments.name).clear()
+    pin = node.bitmaps.get(arguments.name).pin("a transaction that removes it")
+
+    def commit() -> None:
+        pin.release()
+        node.bitmaps.remove(arguments.name)
+
+    return Change(undo=pin.release, commit=commit)
 
 
-async def enable(services: Services, arguments: BlockDirtyBitmapEnable) -> None:
-    node = _node(services, arguments.node)
-    async with node.quiesced():
-        node.bitmaps.get(arguments.name).enable()
+def do_clear(services: Services, arguments: BlockDirtyBitmapClear) -> Change:
+    bitmap = _bitmap(services, arguments.node, arguments.name)
+    before = bitmap.clear()
+    return Change(undo=lambda: bitmap.put_back(before))
 
 
-def disable(services: Services, arguments: BlockDirtyBitmapDisable) -> None:
-    _bitmap(services, arguments.node, arguments.name).disable()
+def do_enable(services: Services, arguments: BlockDirtyBitmapEnable) -> Change:
+    bitmap = _bitmap(services, arguments.node, arguments.name)
+    undo = bitmap.enable if bitmap.recording else bitmap.disable
+    bitmap.enable()
+    return Change(undo)
 
 
-def merge(services: Services, arguments: BlockDirtyBitmapMerge) -> None:
+def do_disable(services: Services, arguments: BlockDirtyBitmapDisable) -> Change:
+    bitmap = _bitmap(services, arguments.node, arguments.name)
+    undo = bitmap.enable if bitmap.recording else bitmap.disable
+    bitmap.disable()
+    return Change(undo)
+
+
+def do_merge(services: Services, arguments: BlockDirtyBitmapMerge) -> Change:
     target = _bitmap(services, arguments.node, arguments.target)
     sources: list[Bits] = []
     for source in arguments.bitmaps:
@@ -66,7 +104,8 @@ def merge(services: Services, arguments: BlockDirtyBitmapMerge) -> None:
         else:
             bitmap = _bitmap(services, source.node, source.name)
         sources.append(bitmap.usable_bits())
-    target.merge_from(sources)
+    before = target.merge_from(sources)
+    return Change(undo=lambda: target.put_back(before))
 
 
 async def sha256(services: Services, arguments: XDebugBlockDirtyBitmapSha256) -> dict[str, str]:
@@ -75,6 +114,12 @@ async def sha256(services: Services, arguments: XDebugBlockDirtyBitmapSha256) ->
         bits = _bitmap(services, arguments.node, arguments.name).copy_bits()
         digest = await trio.to_thread.run_sync(bits.digest, abandon_on_cancel=True)
     return {"sha256": digest}
+
+
+def _node_to_add_to(services: Services, arguments: BlockDirtyBitmapAdd) -> Node:
+    if not arguments.name:
+        raise BlockdError("Bitmap name cannot be empty")
+    return services.graph.get(arguments.node, device=arguments.node)
 
 
 def _node(services: Services, name: str) -> Node:

@@ -1,0 +1,84 @@
+"""transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from blockd.block import Node
+from blockd.errors import BlockdError
+from blockd.qmp.commands import bitmap
+from blockd.qmp.commands.action import Action, Change, carry_out
+from blockd.qmp.commands.backup import BackUpToFile, BackUpToNode
+from blockd.qmp.services import Services
+from blockd.qmp.types import transaction as types
+
+
+class _Abort(Action):
+    groupable = False
+
+    def take_effect(self) -> Change:
+        raise BlockdError("Transaction aborted using Abort action")
+
+
+class _ChangeBitmap(Action):
+    """One of the commands for bitmaps."""
+
+    def __init__(
+        self, services: Services, arguments: Any, do: Callable[[Services, Any], Change]
+    ) -> None:
+        self._services = services
+        self._arguments = arguments
+        self._do = do
+
+    def nodes(self) -> Iterable[Node]:
+        node = self._services.graph.find(self._arguments.node)
+        return () if node is None else (node,)
+
+    def take_effect(self) -> Change:
+        return self._do(self._services, self._arguments)
+
+
+def _changes(do: Callable[[Services, Any], Change]) -> Callable[[Services, Any], Action]:
+    return lambda services, arguments: _ChangeBitmap(services, arguments, do)
+
+
+#: What makes the action of each declaration out of its ``data``.
+ACTIONS: dict[type[types.TransactionAction], Callable[[Services, Any], Action]] = {
+    types.Abort: lambda _services, _arguments: _Abort(),
+    types.AddBitmap: _changes(bitmap.do_add),
+    types.RemoveBitmap: _changes(bitmap.do_remove),
+    types.ClearBitmap: _changes(bitmap.do_clear),
+    types.EnableBitmap: _changes(bitmap.do_enable),
+    types.DisableBitmap: _changes(bitmap.do_disable),
+    types.MergeBitmaps: _changes(bitmap.do_merge),
+    types.BackUpToNode: BackUpToNode,
+    types.BackUpToFile: BackUpToFile,
+}
+
+
+async def transaction(services: Services, arguments: types.Transaction) -> None:
+    await carry_out(services, _actions(services, arguments), grouped=_grouped(arguments))
+
+
+def _grouped(arguments: types.Transaction) -> bool:
+    properties = arguments.properties
+    return properties is not None and properties.completion_mode == "grouped"
+
+
+def _actions(services: Services, arguments: types.Transaction) -> list[Action]:
+    actions: list[Action] = []
+    for declared in arguments.actions:
+        action = ACTIONS[type(declared)](services, declared.data)
+        if _grouped(arguments) and not action.groupable:
+            raise BlockdError(
+                f"Action '{_name(declared)}' does not support "
+                "transaction property completion-mode = grouped"
+            )
+        actions.append(action)
+    return actions
+
+
+def _name(declared: types.TransactionAction) -> str:
+    """The action's command."""
+    return str(type(declared).__struct_config__.tag)

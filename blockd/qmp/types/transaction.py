@@ -1,0 +1,124 @@
+"""Transactions: several commands that take effect at one instant, all or none."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from blockd.qmp.types.backup import BlockdevBackup, DriveBackup
+from blockd.qmp.types.base import Command, Object
+from blockd.qmp.types.bitmap import (
+    BlockDirtyBitmapAdd,
+    BlockDirtyBitmapClear,
+    BlockDirtyBitmapDisable,
+    BlockDirtyBitmapEnable,
+    BlockDirtyBitmapMerge,
+    BlockDirtyBitmapRemove,
+)
+
+
+class TransactionAction(Object, kw_only=True):
+    """One command of a transaction: its name, and its arguments in ``data``."""
+
+
+class AbortData(Object, kw_only=True):
+    """Has no members."""
+
+
+class Abort(TransactionAction, tag_field="type", tag="abort", kw_only=True):
+    """Refuse the transaction: for testing."""
+
+    data: AbortData
+
+
+class AddBitmap(TransactionAction, tag_field="type", tag="block-dirty-bitmap-add", kw_only=True):
+    """Make a bitmap."""
+
+    data: BlockDirtyBitmapAdd
+
+
+class RemoveBitmap(
+    TransactionAction, tag_field="type", tag="block-dirty-bitmap-remove", kw_only=True
+):
+    """Forget a bitmap; to later actions it is in use."""
+
+    data: BlockDirtyBitmapRemove
+
+
+class ClearBitmap(
+    TransactionAction, tag_field="type", tag="block-dirty-bitmap-clear", kw_only=True
+):
+    """Mark everything as clean."""
+
+    data: BlockDirtyBitmapClear
+
+
+class EnableBitmap(
+    TransactionAction, tag_field="type", tag="block-dirty-bitmap-enable", kw_only=True
+):
+    """Record writes from now on."""
+
+    data: BlockDirtyBitmapEnable
+
+
+class DisableBitmap(
+    TransactionAction, tag_field="type", tag="block-dirty-bitmap-disable", kw_only=True
+):
+    """Record no more writes."""
+
+    data: BlockDirtyBitmapDisable
+
+
+class MergeBitmaps(
+    TransactionAction, tag_field="type", tag="block-dirty-bitmap-merge", kw_only=True
+):
+    """Mark in one bitmap what is dirty in any of several."""
+
+    data: BlockDirtyBitmapMerge
+
+
+class BackUpToNode(TransactionAction, tag_field="type", tag="blockdev-backup", kw_only=True):
+    """Begin a backup to a node."""
+
+    data: BlockdevBackup
+
+
+class BackUpToFile(TransactionAction, tag_field="type", tag="drive-backup", kw_only=True):
+    """Begin a backup to a file. The node must be there before the transaction."""
+
+    data: DriveBackup
+
+
+AnyAction = (
+    Abort
+    | AddBitmap
+    | RemoveBitmap
+    | ClearBitmap
+    | EnableBitmap
+    | DisableBitmap
+    | MergeBitmaps
+    | BackUpToNode
+    | BackUpToFile
+)
+
+
+class TransactionProperties(Object, kw_only=True):
+    """``completion-mode``: whether each job ends by itself (``individual``), or all together.
+
+    ``grouped``: a job that has done its work waits for the others; then all end well at one
+    instant. Where one fails, or is cancelled, all others are cancelled.
+    """
+
+    completion_mode: Literal["individual", "grouped"] = "individual"
+
+
+class Transaction(Command, kw_only=True):
+    """Carry out several commands at one instant, as guests see it: all of them, or none.
+
+    They take effect in order, and later ones see what earlier ones did. Where one is refused, its
+    error is answered, and what the others did is undone. Jobs begin when nothing was refused.
+    """
+
+    command: ClassVar[str] = "transaction"
+
+    actions: list[AnyAction]
+    properties: TransactionProperties | None = None
