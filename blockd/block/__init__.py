@@ -14,6 +14,7 @@ from blockd.block.drivers.opening import (
     guess_format,
     is_block_device,
     open_file,
+    rehearse_file,
     reopen_file,
 )
 from blockd.block.drivers.raw import RawDriver
@@ -57,5 +58,6 @@ __all__ = [
     "guess_format",
     "is_block_device",
     "open_file",
+    "rehearse_file",
     "reopen_file",
 ]

@@ -34,6 +34,12 @@ class Jobs:
         self._bus = bus
         self._jobs: dict[str, Job] = {}
 
+    def rehearsal(self) -> Jobs:
+        """A registry that has the same ids, and of whose jobs nobody hears: none may begin."""
+        copy = Jobs(self._nursery, Bus())
+        copy._jobs = dict(self._jobs)
+        return copy
+
     def admit(self, job: Job) -> None:
         """Make a job known, and let its start take effect; ``begin`` or ``revoke`` follows.
 

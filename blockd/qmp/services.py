@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -32,8 +32,14 @@ class Services:
     changes: trio.Lock = field(default_factory=trio.Lock)
     #: Held by the command that computes a bitmap's digest.
     digests: trio.Lock = field(default_factory=trio.Lock)
+    #: Whatever is done is undone at once, and must not be seen.
+    rehearsing: bool = False
 
     @property
     def objects(self) -> Objects:
         """What commands made for other commands to name."""
         return self.graph.objects
+
+    def rehearsal(self) -> Services:
+        """The same parts, to try out what commands would do; nobody hears of their jobs."""
+        return replace(self, jobs=self.jobs.rehearsal(), bus=Bus(), rehearsing=True)

@@ -196,3 +196,16 @@ async def test_the_end_of_everything(autojump_clock: MockClock) -> None:
         "exit: k aborting, aborting, k [abort], k [close], k CANCELLED 2/4, k concluded, k null, "
         "[abort], [close], CANCELLED 2/4, concluded, null"
     ]
+
+
+async def test_a_rehearsal_is_heard_by_nobody() -> None:
+    async with scene() as on:
+        on.story.command("start")
+        rehearsal = on.jobs.rehearsal()
+        job = FakeJob(on.story)
+        rehearsal.admit(job)
+        assert rehearsal.newest_first() == [job]
+        assert on.jobs.newest_first() == []
+        job.revoke()
+        await job.give_up()
+    assert on.story.lines == ["start: [start], [revoke], [close]"]

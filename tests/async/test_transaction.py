@@ -1,4 +1,4 @@
-"""Transactions: one instant for all nodes, and nothing left of a refused one."""
+"""Transactions: one instant for all nodes, and nothing left of a refused one, or of a dry run."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ KIB = 1024
 OLD = b"o" * (64 * KIB)
 ABORT = action("abort")
 ABORTED = "Transaction aborted using Abort action"
+IN_USE = "Bitmap 'b' is currently in use by another operation and cannot be used"
 
 
 def on_bitmap(command: str, node: str = "n", name: str = "b", **data: Any) -> dict[str, Any]:
@@ -159,6 +160,7 @@ UNDONE: dict[str, list[dict[str, Any]]] = {
 async def test_nothing_is_left_of_a_refused_one(actions: list[dict[str, Any]]) -> None:
     async with two_disks() as rig:
         assert await refused(rig, *actions, ABORT) == ABORTED
+        assert await rig.rehearse(*actions, ABORT) == [None] * len(actions) + [ABORTED]
         digest = rig.nodes["n"].bitmaps.get("b").copy_bits().digest()
         await rig.write("n", 0, 512)
         assert rig.nodes["n"].bitmaps.get("b").copy_bits().digest() == digest
@@ -214,6 +216,87 @@ async def test_the_first_error_counts_though_a_later_one_was_known_before(tmp_pa
         assert (await refused(rig, missing)).startswith("Could not create")
         unknown = drive_backup(tmp_path / "no" / "dir", device="zz")
         assert await refused(rig, unknown) == "Cannot find device='zz' nor node-name='zz'"
+
+
+# --- a dry run -----------------------------------------------------------------------------------
+
+
+async def test_a_dry_run_tells_every_error() -> None:
+    async with two_disks() as rig:
+        before = rig.state()
+        assert await rig.rehearse(
+            on_bitmap("add", name="x"),
+            on_bitmap("clear", name="zz"),
+            backup(sync="incremental", bitmap="b"),
+            on_bitmap("remove"),
+            backup("j", "m", "u"),
+            backup("k", "m", "t"),
+            backup("k", "m", "u", speed=-1),
+            ABORT,
+            on_bitmap("disable", name="x"),
+        ) == [
+            None,
+            "Dirty bitmap 'zz' not found",
+            None,
+            IN_USE,
+            "Job ID 'j' already in use",
+            "Node 't' is busy: block device is in use by block job: backup",
+            "Parameter 'speed' expects a non-negative value",
+            ABORTED,
+            None,
+        ]
+        assert rig.state() == before
+        assert rig.events == []
+
+
+async def test_a_dry_run_holds_to_the_groups_rules() -> None:
+    async with two_disks() as rig:
+        assert await rig.rehearse(on_bitmap("clear"), backup(), grouped=True) == [None, None]
+        with pytest.raises(BlockdError, match="'abort' does not support transaction property"):
+            await rig.rehearse(ABORT, grouped=True)
+
+
+async def test_a_dry_run_touches_no_target(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.write_bytes(b"precious")
+    os.utime(there, (1, 1))
+    os.utime(tmp_path, (1, 1))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    os.utime(tmp_path, (1, 1))
+    async with two_disks() as rig:
+        before = rig.state()
+        assert await rig.rehearse(
+            drive_backup(tmp_path / "new"),
+            drive_backup(there, "k", device="m"),
+            drive_backup(tmp_path / "no" / "dir", "l"),
+            drive_backup(there / "below", "m"),
+            drive_backup(tmp_path, "o"),
+            drive_backup(tmp_path / "link", "p"),
+            drive_backup(tmp_path / "new", "q", mode="existing"),
+        ) == [
+            None,
+            None,
+            f"Could not create '{tmp_path}/no/dir': No such file or directory",
+            f"Could not create '{there}/below': Not a directory",
+            f"Could not create '{tmp_path}': Is a directory",
+            None,
+            f"Could not open '{tmp_path}/new': No such file or directory",
+        ]
+        assert rig.state() == before
+    assert there.read_bytes() == b"precious"
+    assert sorted(os.listdir(tmp_path)) == ["link", "there"]
+    assert there.stat().st_mtime == tmp_path.stat().st_mtime == 1
+
+
+async def test_a_dry_run_of_a_target_in_a_directory_that_may_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    async with two_disks() as rig:
+        new = tmp_path / "new"
+        assert await rig.rehearse(drive_backup(new)) == [
+            f"Could not create '{new}': Permission denied"
+        ]
 
 
 # --- jobs ----------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ def test_answers_and_events_are_as_declared(daemon: Daemon, tmp_path: Path) -> N
         fail_and_finish_a_backup(checked, daemon, tmp_path)
         cancel_a_backup(checked, tmp_path)
         exceed_a_threshold(checked, tmp_path)
+        checked.do("transaction", dry_run=True, actions=[{"type": "abort", "data": {}}])
         for command in ("query-version", "query-commands", "query-qmp-schema", "query-block"):
             checked.do(command)
         checked.do("query-blockstats", query_nodes=True)

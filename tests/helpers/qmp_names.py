@@ -52,6 +52,8 @@ VALUES: list[tuple[str, str, list[Any]]] = [
     ("blockdev-add", "node-name", ["src", "", "1", "a" * 32]),
     ("blockdev-add", "filename", ["DIR/none", "DIR", "", "DIR/free.img"]),
     ("transaction", "actions", [[_ABORT], [_CLEAR], [_BACKUP], [_BACKUP, _ABORT]]),
+    # It would be carried out, or what is wrong be its answer.
+    ("transaction", "dry-run", [None]),
     ("*", "format", [None, "nope", "", "raw"]),
     ("*", "bitmap", [None, "nope", "", "busy", "idle"]),
     *[

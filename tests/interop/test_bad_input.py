@@ -83,6 +83,12 @@ DIFFERENCES = [
         "no target is made for what can't be",
     ),
     Difference(
+        "transaction",
+        r"Invalid parameter type for 'dry-run', .*",
+        r"Parameter 'dry-run' is unexpected",
+        "the peer has no dry run",
+    ),
+    Difference(
         "*",
         r"Parameter '.*' expects uint64",
         r"(?!Parameter|Invalid parameter).*",

@@ -132,6 +132,17 @@ class Model:
         after.commit()
         return after
 
+    def rehearse(self, actions: list[Action]) -> list[bool]:
+        """Which actions would take effect."""
+        trial, results = deepcopy(self), []
+        for each in actions:
+            try:
+                trial.apply(each)
+                results.append(True)
+            except RefusedError:
+                results.append(False)
+        return results
+
     def write(self, disk: str, sectors: set[int]) -> None:
         for bitmap in self.bitmaps[disk].values():
             if bitmap.recording:
@@ -261,6 +272,9 @@ async def check(steps: list[tuple[Any, list[Action]]], *, grouped: bool, cached:
             await write(rig, model, writes)
             await check_failures(rig, model, actions)
             before = rig.state()
+            errors = await rig.rehearse(*actions, grouped=grouped)
+            assert [error is None for error in errors] == model.rehearse(actions)
+            assert rig.state() == before
             after = model.attempt(actions)
             assert await is_refused(rig, actions, grouped=grouped) == (after is None)
             assert after is not None or rig.state() == before

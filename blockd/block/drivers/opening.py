@@ -141,13 +141,42 @@ def create_file(filename: str, size_bytes: int) -> NewFile:
         fd, made = _open_or_make(filename)
     except OSError as error:
         raise BlockdError(f"Could not create '{filename}': {error.strerror}") from error
+    return NewFile(_new_driver(fd, filename, size_bytes), made)
+
+
+def rehearse_file(filename: str, size_bytes: int) -> NewFile:
+    """As ``create_file``, but where nothing is there, a file without a name stands in. Blocks.
+
+    It is in memory, so what only the storage can say is not found out.
+    """
+    try:
+        try:
+            fd = os.open(filename, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            _check_makeable(filename)
+            fd = os.memfd_create("rehearsal")
+    except OSError as error:
+        raise BlockdError(f"Could not create '{filename}': {error.strerror}") from error
+    return NewFile(_new_driver(fd, filename, size_bytes), made=None)
+
+
+def _check_makeable(filename: str) -> None:
+    """Raise the ``OSError`` with which a new file there would be refused, where that is known."""
+    directory = os.path.dirname(filename)
+    if not filename or not stat.S_ISDIR(os.stat(directory or ".").st_mode):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    if not os.access(directory or ".", os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _new_driver(fd: int, filename: str, size_bytes: int) -> FileDriver:
     with _closing_on_error(fd, f"Could not create '{filename}'"):
         _check_kind(filename, "file", os.fstat(fd).st_mode)
         os.set_blocking(fd, True)
         lock_image(fd, filename, read_only=False)
         driver = FileDriver(fd, filename=filename, read_only=False, unmap=True, flushes=True)
     driver.size_bytes = size_bytes
-    return NewFile(driver, made)
+    return driver
 
 
 def _open_or_make(filename: str) -> tuple[int, str | None]:

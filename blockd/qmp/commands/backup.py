@@ -168,7 +168,12 @@ class BackUpToFile(_BackUp):
         await super().stage()
         if self._source is not None:
             try:
-                self._target = await open_target(self._services.graph, self._options, self._source)
+                self._target = await open_target(
+                    self._services.graph,
+                    self._options,
+                    self._source,
+                    rehearsing=self._services.rehearsing,
+                )
             except BlockdError as error:
                 self._target = error
             else:

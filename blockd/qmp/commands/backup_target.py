@@ -17,6 +17,7 @@ from blockd.block import (
     guess_format,
     is_block_device,
     open_file,
+    rehearse_file,
 )
 from blockd.errors import BlockdError
 from blockd.qmp.types.backup import DriveBackup
@@ -33,12 +34,15 @@ class Target:
     release: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
 
 
-async def open_target(graph: Graph, arguments: DriveBackup, source: Node) -> Target:
+async def open_target(
+    graph: Graph, arguments: DriveBackup, source: Node, *, rehearsing: bool
+) -> Target:
     """Open the target for a backup of ``source``; what is there stays as it is until ``empty``.
 
-    Raises ``BlockdError``.
+    ``rehearsing``: where nothing is there, nothing comes to be. Raises ``BlockdError``.
     """
-    file = await trio.to_thread.run_sync(_open_file, arguments, source.size_bytes)
+    make = rehearse_file if rehearsing else create_file
+    file = await trio.to_thread.run_sync(_open_file, arguments, source.size_bytes, make)
     target = await _add_node(graph, file, arguments.mode)
     if arguments.sync == "none":
         await target.release()
@@ -49,7 +53,9 @@ async def open_target(graph: Graph, arguments: DriveBackup, source: Node) -> Tar
     return target
 
 
-def _open_file(arguments: DriveBackup, size_bytes: int) -> NewFile:
+def _open_file(
+    arguments: DriveBackup, size_bytes: int, make: Callable[[str, int], NewFile]
+) -> NewFile:
     """Blocks."""
     name = arguments.target.removeprefix("file:")
     protocol = _PROTOCOL.match(name)
@@ -61,7 +67,7 @@ def _open_file(arguments: DriveBackup, size_bytes: int) -> NewFile:
         if arguments.sync == "none":
             file_format = arguments.format or "raw"
             raise BlockdError(f"Backing file not supported for file format '{file_format}'")
-        return create_file(name, size_bytes)
+        return make(name, size_bytes)
     if arguments.format not in (None, "raw", "file"):
         raise BlockdError(f"Unknown driver '{arguments.format}'")
     if arguments.format is None and (guessed := guess_format(name)) != "raw":

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 from blockd.block import Node
 from blockd.errors import BlockdError
 from blockd.qmp.commands import bitmap
-from blockd.qmp.commands.action import Action, Change, carry_out
+from blockd.qmp.commands.action import Action, Change, at_one_instant, carry_out
 from blockd.qmp.commands.backup import BackUpToFile, BackUpToNode
+from blockd.qmp.dispatch import describe
 from blockd.qmp.services import Services
 from blockd.qmp.types import transaction as types
 
@@ -57,8 +59,11 @@ ACTIONS: dict[type[types.TransactionAction], Callable[[Services, Any], Action]] 
 }
 
 
-async def transaction(services: Services, arguments: types.Transaction) -> None:
+async def transaction(services: Services, arguments: types.Transaction) -> dict[str, Any]:
+    if arguments.dry_run:
+        return {"actions": await _rehearse(services.rehearsal(), arguments)}
     await carry_out(services, _actions(services, arguments), grouped=_grouped(arguments))
+    return {}
 
 
 def _grouped(arguments: types.Transaction) -> bool:
@@ -77,6 +82,21 @@ def _actions(services: Services, arguments: types.Transaction) -> list[Action]:
             )
         actions.append(action)
     return actions
+
+
+async def _rehearse(services: Services, arguments: types.Transaction) -> list[dict[str, Any]]:
+    """Try every action, and undo all of them, at one instant; tell what each would answer."""
+    results: list[dict[str, Any]] = [{"type": _name(declared)} for declared in arguments.actions]
+    actions = _actions(services, arguments)
+    async with at_one_instant(services, actions):
+        with ExitStack() as undo:
+            for action, result in zip(actions, results, strict=True):
+                try:
+                    undo.callback(action.take_effect().undo)
+                except (BlockdError, OSError) as error:
+                    failure = describe(error)
+                    result["error"] = {"class": failure.error_class, "desc": failure.message}
+    return results
 
 
 def _name(declared: types.TransactionAction) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+from msgspec import field
 
 from blockd.qmp.types.backup import BlockdevBackup, DriveBackup
 from blockd.qmp.types.base import Command, Object
@@ -111,14 +113,40 @@ class TransactionProperties(Object, kw_only=True):
     completion_mode: Literal["individual", "grouped"] = "individual"
 
 
+class ActionError(Object, kw_only=True):
+    """What a command's reply would say: the ``class`` of the error, and its description."""
+
+    error_class: str = field(name="class")
+    desc: str
+
+
+class ActionResult(Object, kw_only=True):
+    """What would become of an action, ``type``; without ``error`` it would take effect."""
+
+    type: str
+    error: ActionError | None = None
+
+
+class TransactionResult(Object, kw_only=True):
+    """``actions``: of a dry run only, and in the order of its actions."""
+
+    actions: list[ActionResult] | None = None
+
+
 class Transaction(Command, kw_only=True):
     """Carry out several commands at one instant, as guests see it: all of them, or none.
 
     They take effect in order, and later ones see what earlier ones did. Where one is refused, its
     error is answered, and what the others did is undone. Jobs begin when nothing was refused.
+
+    ``dry-run``: change nothing, but tell for each action whether it would be refused; those
+    behind one that is are tried without it. No target is made or changed. The answer says what
+    was so at that instant: what other clients do may let the real one end otherwise.
     """
 
     command: ClassVar[str] = "transaction"
+    returns: ClassVar[Any] = TransactionResult
 
     actions: list[AnyAction]
     properties: TransactionProperties | None = None
+    dry_run: bool = False
