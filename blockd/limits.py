@@ -87,6 +87,9 @@ NBD_CLIENT_BLOCK_BYTES = 64 * KIB
 NBD_CLIENT_REQUESTS = 64
 NBD_CLIENT_CONNECT_SECONDS = 10
 NBD_CLIENT_DISCONNECT_SECONDS = 1
+#: How long a change that was cancelled may take before its connection is given up: a healthy
+#: server has replied by then, and a dead one must not hold up a job's end.
+NBD_CLIENT_CHANGE_SECONDS = 10
 #: The pause before the next attempt to connect; it doubles from the first to the last.
 NBD_CLIENT_PAUSE_MIN_SECONDS = 0.25
 NBD_CLIENT_PAUSE_MAX_SECONDS = 4

@@ -27,7 +27,8 @@ class Driver(ABC):
     The caller (``Node``) has checked every range: it lies within the size, its length is not 0,
     and a read-only driver is not written to. An ``OSError`` says that an I/O failed; after a
     failed write the range's content is unknown. The async calls may run at once and in any
-    order; overlapping ones may take effect in any order. A cancelled call may still take effect.
+    order; overlapping ones may take effect in any order. A cancelled call may have taken effect
+    when it raises, and takes none afterwards.
     """
 
     #: The driver's name in QMP ("file", "raw", …).

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from blockd.nbd import wire
 from blockd.nbd.client.connection import Connection
@@ -135,6 +135,7 @@ def wrong_replies(request: wire.Request) -> dict[str, bytes]:
         "empty data": chunk(cookie, ReplyType.OFFSET_DATA, inside),
         "a hole behind": hole_chunk(request, 1, request.length),
         "half a hole": chunk(cookie, ReplyType.OFFSET_HOLE, b"xx"),
+        "an error that is none": chunk(cookie, ReplyType.ERROR, wire.ERROR_PAYLOAD.pack(0, 0)),
         "half an error": chunk(cookie, ReplyType.ERROR, b"x"),
         "too long": wire.STRUCTURED_HEADER.pack(
             wire.STRUCTURED_REPLY_MAGIC, 0, ReplyType.ERROR, cookie, 1 << 31
@@ -196,6 +197,69 @@ async def test_a_request_cut_off_in_the_middle_ends_the_connection() -> None:
         await wait_all_tasks_blocked()
         assert connection.lost is not None
         assert (await server.request()).type == Cmd.WRITE
+
+
+async def test_a_cancelled_change_ends_before_its_caller() -> None:
+    async with connected() as (connection, server), trio.open_nursery() as nursery:
+        scope, ended = trio.CancelScope(), trio.Event()
+
+        async def write() -> None:
+            with scope:
+                await connection.write(0, memoryview(DATA))
+            ended.set()
+
+        nursery.start_soon(write)
+        request = await server.request()
+        scope.cancel()
+        await wait_all_tasks_blocked()
+        assert not ended.is_set()
+        await server.send(wire.none_chunk(request.cookie))
+        await ended.wait()
+        assert connection.lost is None
+
+
+async def test_a_cancelled_change_that_is_never_answered_ends_the_connection(
+    autojump_clock: MockClock,
+) -> None:
+    async with connected() as (connection, server), trio.open_nursery() as nursery:
+        nursery.start_soon(connection.change, Cmd.TRIM, 0, 512)
+        await server.request()
+        nursery.cancel_scope.cancel()
+    assert connection.lost is not None
+
+
+async def test_a_request_that_is_cancelled_before_its_turn_is_forgotten() -> None:
+    async with connected() as (connection, server), trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
+
+        async def read() -> None:
+            with scope:
+                await connection.read(0, memoryview(bytearray(512)))
+
+        async def write() -> None:
+            with pytest.raises(ConnectionError):
+                await connection.write(0, memoryview(bytes(SIZE)))
+
+        nursery.start_soon(write)
+        request = await server.request()
+        await wait_all_tasks_blocked()
+        nursery.start_soon(read)
+        await wait_all_tasks_blocked()
+        scope.cancel()
+        await wait_all_tasks_blocked()
+        assert connection.lost is None
+        await server.send(wire.none_chunk(request.cookie + 1))
+        await wait_all_tasks_blocked()
+        assert "no request" in str(connection.lost)
+
+
+async def test_goodbye_to_a_server_that_has_gone() -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.close()
+    connection = Connection(Stream(ours), EXPORT)
+    await connection.disconnect()
+    assert connection.lost is not None
 
 
 async def test_block_status() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, field
 from errno import EIO
 from struct import Struct
@@ -26,6 +27,8 @@ from blockd.nbd.wire import Cmd, ProtocolError, ReplyFlag, ReplyType
 _HOLE: Final = Struct(">QI")  # offset, length
 _EXTENT: Final = Struct(">II")  # length, flags
 _ERROR_BIT: Final = 1 << 15
+#: What changes nothing at the server.
+_HARMLESS: Final = frozenset({Cmd.READ, Cmd.FLUSH, Cmd.BLOCK_STATUS})
 
 
 @dataclass(slots=True, eq=False)
@@ -90,7 +93,8 @@ class Connection:
     async def disconnect(self) -> None:
         """Say that no more requests follow, and hang up."""
         if self.lost is None:
-            with trio.move_on_after(limits.NBD_CLIENT_DISCONNECT_SECONDS):
+            # The server may have gone, unheard of until now.
+            with trio.move_on_after(limits.NBD_CLIENT_DISCONNECT_SECONDS), suppress(Disconnected):
                 await self._send(_header(0, _Pending(Cmd.DISC, 0, 0), 0))
         self.close()
 
@@ -126,7 +130,16 @@ class Connection:
         self._pending[cookie] = pending
         try:
             await self._send(_header(flags, pending, cookie), payload)
+        except trio.Cancelled:
+            # No reply will come: it waited for its turn, or was cut off and the connection with it.
+            del self._pending[cookie]
+            raise
+        try:
             await pending.ended.wait()
+        except trio.Cancelled:
+            if pending.type not in _HARMLESS:
+                await self._let_end(pending)
+            raise
         finally:
             # Its reply may still come, but nothing of it may go into the caller's memory.
             pending.into = None
@@ -134,6 +147,17 @@ class Connection:
             raise Disconnected("the connection is lost")
         if pending.error:
             raise OSError(pending.error, os.strerror(pending.error))
+
+    async def _let_end(self, pending: _Pending) -> None:
+        """Wait for a change, which the server may make at any time until it has replied.
+
+        To whoever asked for it, it would be over: nothing would keep a backup from taking what
+        it overwrites for the content of the range.
+        """
+        with trio.CancelScope(shield=True), trio.move_on_after(limits.NBD_CLIENT_CHANGE_SECONDS):
+            await pending.ended.wait()
+        if not pending.ended.is_set():
+            self.close()
 
     async def _send(self, header: bytes, payload: bytes | memoryview = b"") -> None:
         try:
@@ -217,6 +241,8 @@ class Connection:
                 pending.status += self._read_status(chunk.data)
             case kind if kind & _ERROR_BIT:
                 (pending.error, _) = wire.ERROR_PAYLOAD.unpack_from(chunk.data)
+                if not pending.error:
+                    raise ProtocolError("an error that is none")
             case kind:
                 raise ProtocolError(f"an unknown reply chunk: {kind}")
         if chunk.last:
