@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
@@ -26,15 +27,57 @@ class UnixAddress:
     path: str
     mode: int | None = None
 
+    def __str__(self) -> str:
+        return self.path
+
+    def check_length(self) -> None:
+        """Raise ``BlockdError`` where no socket can have this path."""
+        if len(os.fsencode(self.path)) > _UNIX_PATH_BYTES:
+            raise BlockdError(f"UNIX socket path '{self.path}' is too long")
+
+
+#: A family, and what sockets of it take as an address.
+SocketAddress = tuple[socket.AddressFamily, str | tuple[Any, ...]]
+
 
 @dataclass(frozen=True, slots=True)
 class InetAddress:
-    """A TCP port; ``host`` may be a name, and is then listened on at each of its addresses."""
+    """A TCP port; ``host`` may be a name, and then stands for each of its addresses."""
 
     host: str
     port: str
     ipv4: bool | None = None
     ipv6: bool | None = None
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @contextmanager
+    def resolving(self) -> Iterator[None]:
+        """The body looks it up; what goes wrong is raised as ``BlockdError``, in QEMU's words."""
+        refused = f"address resolution failed for {self}"
+        if self.port.isdecimal() and int(self.port) > _PORT_MAX:
+            # The C library, and QEMU with it, would take what is left of it in 16 bits.
+            raise BlockdError(f"{refused}: Servname not supported for ai_socktype")
+        try:
+            yield
+        except OSError as error:
+            raise BlockdError(f"{refused}: {error.strerror}") from error
+        except UnicodeError as error:
+            raise BlockdError(f"{refused}: Name or service not known") from error
+
+    def wanted(self, found: Iterable[tuple[Any, ...]]) -> list[SocketAddress]:
+        """Those of ``getaddrinfo``'s rows that are of a family wanted. Raises ``BlockdError``."""
+        families = {
+            socket.AF_INET: self.ipv4 if self.ipv4 is not None else not self.ipv6,
+            socket.AF_INET6: self.ipv6 if self.ipv6 is not None else not self.ipv4,
+        }
+        rows = [(family, address) for family, *_, address in found if families.get(family)]
+        if not rows:
+            raise BlockdError(
+                f"address resolution failed for {self}: no address of the wanted family"
+            )
+        return rows
 
 
 Address = UnixAddress | InetAddress
@@ -42,7 +85,7 @@ Address = UnixAddress | InetAddress
 
 #: The longest path that fits into an address, with its NUL.
 _UNIX_PATH_BYTES = 107
-PORT_MAX = 65535
+_PORT_MAX = 65535
 
 
 class Listener:
@@ -83,7 +126,7 @@ class Listener:
         """Stop listening; a socket in the file system is removed if it is still ours."""
         # While it listens nobody else's file can get its inode number.
         if self._path is not None and _identity(self._path) == self._identity:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.unlink(self._path)
         for sock in self.sockets:
             sock.close()
@@ -93,6 +136,7 @@ def listen(address: Address) -> Listener:
     """Listen there; may wait for a name server. Raises ``BlockdError`` with the reason."""
     match address:
         case UnixAddress(path, mode):
+            address.check_length()
             return Listener([_listen_unix(path, mode)], path)
         case InetAddress():
             return Listener(_listen_inet(address))
@@ -109,15 +153,13 @@ def _identity(path: str | None) -> tuple[int, int] | None:
 
 
 def _listen_unix(path: str, mode: int | None) -> socket.socket:
-    if len(os.fsencode(path)) > _UNIX_PATH_BYTES:
-        raise BlockdError(f"UNIX socket path '{path}' is too long")
     if not path:
         # The kernel would choose a name that is in no file system.
         raise BlockdError("UNIX socket path is empty")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         # What a killed server left behind is in the way of bind; QEMU takes it away too.
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             if stat.S_ISSOCK(os.lstat(path).st_mode):
                 _refuse_live(path)
                 os.unlink(path)
@@ -160,7 +202,7 @@ def _listen_inet(address: InetAddress) -> Sequence[socket.socket]:
     return sockets
 
 
-def _listen_at(family: socket.AddressFamily, sockaddr: tuple[object, ...]) -> socket.socket:
+def _listen_at(family: socket.AddressFamily, sockaddr: str | tuple[Any, ...]) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -174,31 +216,13 @@ def _listen_at(family: socket.AddressFamily, sockaddr: tuple[object, ...]) -> so
         raise
 
 
-def _resolve(address: InetAddress) -> list[tuple[socket.AddressFamily, tuple[object, ...]]]:
-    """The addresses behind a host name, without repetition, of the families wanted.
-
-    Raises ``BlockdError``.
-    """
-    wanted = {
-        socket.AF_INET: address.ipv4 if address.ipv4 is not None else not address.ipv6,
-        socket.AF_INET6: address.ipv6 if address.ipv6 is not None else not address.ipv4,
-    }
-    refused = f"address resolution failed for {address.host}:{address.port}"
-    if address.port.isdecimal() and int(address.port) > PORT_MAX:
-        # The C library, and QEMU with it, would listen at what is left of it in 16 bits.
-        raise BlockdError(f"{refused}: Servname not supported for ai_socktype")
-    try:
+def _resolve(address: InetAddress) -> list[SocketAddress]:
+    """The addresses behind a host name, without repetition. Raises ``BlockdError``."""
+    with address.resolving():
         found = socket.getaddrinfo(
             address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-    except OSError as error:
-        raise BlockdError(f"{refused}: {error.strerror}") from error
-    except UnicodeError as error:
-        raise BlockdError(f"{refused}: Name or service not known") from error
-    rows = [(family, sockaddr) for family, _, _, _, sockaddr in found if wanted.get(family)]
-    if not rows:
-        raise BlockdError(f"{refused}: no address of the wanted family")
-    return list(dict.fromkeys(rows))
+    return list(dict.fromkeys(address.wanted(found)))
 
 
 def _listening(sock: socket.socket) -> socket.socket:

@@ -169,6 +169,9 @@ async def test_what_a_server_refuses(
     [
         (UnixAddress("/nowhere/s"), "Failed to connect to '/nowhere/s': No such file or directory"),
         (InetAddress("127.0.0.1", "1"), "Failed to connect to '127.0.0.1:1': Connection refused"),
+        (UnixAddress("/" + "s" * 107), "UNIX socket path '/s*' is too long"),
+        (InetAddress("no..label", "1"), "address resolution failed for no..label:1: .*"),
+        (InetAddress("::1", "1", ipv4=True, ipv6=False), "address .*: no address of the .*"),
         (InetAddress("no.invalid", "1"), "address resolution failed for no.invalid:1: .*"),
     ],
 )

@@ -13,7 +13,7 @@ import trio
 
 from blockd import limits
 from blockd.errors import BlockdError
-from blockd.listener import PORT_MAX, InetAddress, UnixAddress
+from blockd.listener import InetAddress, SocketAddress, UnixAddress
 from blockd.nbd.client.connection import Connection
 from blockd.nbd.client.handshake import negotiate
 from blockd.nbd.client.stream import Stream
@@ -62,40 +62,37 @@ async def connect(target: Target) -> Connection:
                 stream.close()
                 raise
     except trio.TooSlowError:
-        raise BlockdError(f"Failed to connect to '{_shown(target)}': no answer") from None
+        raise BlockdError(f"Failed to connect to '{target.address}': no answer") from None
     except (ProtocolError, struct.error) as error:
-        raise BlockdError(f"{_shown(target)} is no usable NBD server: {error}") from error
-    except ConnectionError as error:
+        raise BlockdError(f"{target.address} is no usable NBD server: {error}") from error
+    except OSError as error:
         raise BlockdError(f"Failed to read data: {error}") from error
 
 
-def _shown(target: Target) -> str:
-    address = target.address
-    return address.path if isinstance(address, UnixAddress) else f"{address.host}:{address.port}"
-
-
 async def _connect_socket(address: UnixAddress | InetAddress) -> socket.socket:
-    if isinstance(address, UnixAddress):
-        found = [(socket.AF_UNIX, address.path)]
-        shown = address.path
-    else:
-        shown = f"{address.host}:{address.port}"
-        found = await _resolve(address, shown)
-    failure: OSError | None = None
-    for family, sockaddr in found:
-        sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    """To the first of the server's addresses that answers. Raises ``BlockdError``."""
+    failure = None
+    for family, sockaddr in await _resolve(address):
         try:
-            await sock.connect(sockaddr)
+            return await _connect_at(family, sockaddr)
         except OSError as error:
-            sock.close()
             failure = error
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            return _plain(sock)
-    reason = os.strerror(failure.errno) if failure and failure.errno else "no address"
-    raise BlockdError(f"Failed to connect to '{shown}': {reason}")
+    assert failure is not None
+    # trio puts words of its own before the system's.
+    reason = os.strerror(failure.errno) if failure.errno else str(failure)
+    raise BlockdError(f"Failed to connect to '{address}': {reason}") from failure
+
+
+async def _connect_at(
+    family: socket.AddressFamily, sockaddr: str | tuple[Any, ...]
+) -> socket.socket:
+    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        await sock.connect(sockaddr)
+    except BaseException:
+        sock.close()
+        raise
+    return _plain(sock)
 
 
 def _plain(sock: trio.socket.SocketType) -> socket.socket:
@@ -108,18 +105,10 @@ def _plain(sock: trio.socket.SocketType) -> socket.socket:
     return plain
 
 
-async def _resolve(address: InetAddress, shown: str) -> list[tuple[socket.AddressFamily, Any]]:
-    families = {
-        socket.AF_INET: address.ipv4 if address.ipv4 is not None else not address.ipv6,
-        socket.AF_INET6: address.ipv6 if address.ipv6 is not None else not address.ipv4,
-    }
-    if address.port.isdecimal() and int(address.port) > PORT_MAX:
-        # The C library would go to what is left of it in 16 bits.
-        raise BlockdError(
-            f"address resolution failed for {shown}: Servname not supported for ai_socktype"
-        )
-    try:
-        rows = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise BlockdError(f"address resolution failed for {shown}: {error.strerror}") from error
-    return [(family, sockaddr) for family, _, _, _, sockaddr in rows if families.get(family)]
+async def _resolve(address: UnixAddress | InetAddress) -> list[SocketAddress]:
+    if isinstance(address, UnixAddress):
+        address.check_length()
+        return [(socket.AF_UNIX, address.path)]
+    with address.resolving():
+        found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    return address.wanted(found)

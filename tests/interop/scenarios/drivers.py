@@ -90,6 +90,8 @@ SCENARIOS = [
             nbd("n"),
             add("nbd", "n", server={"type": "inet", "host": "127.0.0.1", "port": "1"}),
             add("nbd", "n", server={"type": "inet", "host": "no.invalid", "port": "1"}),
+            add("nbd", "n", server={"type": "inet", "host": "no..label", "port": "1"}),
+            add("nbd", "n", server={"type": "unix", "path": "/" + "s" * 200}),
             Differs(
                 add("nbd", "n", server={"type": "inet", "host": "127.0.0.1", "port": "66666"}),
                 "the C library connects to what is left of the port in 16 bits",
