@@ -96,6 +96,10 @@ class Graph:
             name = f"#block{self._made:03d}"
         else:
             self.check_name(name)
+        for child in driver.children.values():
+            if self._nodes.get(child.name) is not child:
+                # Such as that of a job which ended while the driver was being opened.
+                raise BlockdError(f"Node '{child.name}' has been removed meanwhile")
         node = Node(name, driver)
         self._below[node] = {}
         for role, child in driver.children.items():
@@ -265,8 +269,8 @@ class Graph:
     def change_drivers(self, drivers: Mapping[Node, Driver]) -> list[Node]:
         """Let nodes that are at rest have these drivers, and stand on what those stand on.
 
-        Returns the nodes that were made for one of them and that nobody needs any more. Raises
-        ``BlockdError`` where users of a node are in the way, and then nothing has changed.
+        Returns what they stood on before, for ``remove_unneeded``. Raises ``BlockdError`` where
+        users of a node are in the way, and then nothing has changed.
         """
         for node in from_the_top(self._below):
             writers = any(Perm.WRITE in claim.access.needs for claim in node.users)
@@ -285,7 +289,7 @@ class Graph:
         for node in drivers:
             for each in (node, *self.above(node)):
                 each.child_changed()
-        return [child for child in before if not child.users and child not in self._owned]
+        return before
 
     def _change_driver(self, node: Node, driver: Driver) -> None:
         for role in list(self._below[node]):
@@ -378,7 +382,7 @@ class Graph:
         node = self._nodes.get(name)
         if node is None:
             raise BlockdError(f"Failed to find node with node-name='{name}'")
-        # While a job reads a node, the peer's exports are on the filter above it.
+        # While a job reads a node, QEMU's exports are on the filter above it.
         if node.users.of(Role.ROOT) and not node.users.of(Role.SOURCE):
             raise BlockdError(f"Node {name} is in use")
         node.users.check_not_busy(Role.TARGET, Role.BACKING)
@@ -397,17 +401,31 @@ class Graph:
         del self._nodes[node.name]
         self._owned.discard(node)
         self._hidden.discard(node)
-        try:
+        async with AsyncExitStack() as cleanup:
+            # From the last to the first, whatever fails on the way.
+            cleanup.push_async_callback(self._remove_from_below, node)
+            cleanup.push_async_callback(_close, node)
             if not node.read_only:
                 await node.flush()
-        finally:
-            with trio.CancelScope(shield=True):
-                await node.close()
-            children = self._unlink_all(node)
-            settle(self._below)
-            for child in children:
-                if not child.users and child not in self._owned:
-                    await self.remove(child)
+
+    async def _remove_from_below(self, node: Node) -> None:
+        children = self._unlink_all(node)
+        settle(self._below)
+        await self.remove_unneeded(children)
+
+    async def remove_unneeded(self, nodes: Iterable[Node]) -> None:
+        """Remove those of ``nodes`` that were made for others, and that nobody stands on now.
+
+        Each is, whatever becomes of the others; of their errors the last is raised.
+        """
+        async with AsyncExitStack() as cleanup:
+            for node in reversed(list(nodes)):
+                cleanup.push_async_callback(self._remove_if_unneeded, node)
+
+    async def _remove_if_unneeded(self, node: Node) -> None:
+        there = self._nodes.get(node.name) is node
+        if there and not node.users and node not in self._owned:
+            await self.remove(node)
 
     async def close(self) -> None:
         """Flush all nodes, then remove them from the top down; errors are raised at the end.
@@ -432,3 +450,8 @@ class Graph:
                 await self.remove(free)
         if errors:
             raise ExceptionGroup("some nodes could not be flushed", errors)
+
+
+async def _close(node: Node) -> None:
+    with trio.CancelScope(shield=True):
+        await node.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 
 import trio
 
@@ -68,13 +69,13 @@ class Reopening:
                 await node.flush()
         async with self._graph.at_rest(self._planned):
             old = {node: node.driver for node in self._planned}
-            left = self._graph.change_drivers(self._planned)
-        self._planned = {}
+            before = self._graph.change_drivers(self._planned)
+            self._planned = {}
         with trio.CancelScope(shield=True):
-            for driver in old.values():
-                await driver.close()
-            for child in left:
-                await self._graph.remove(child)
+            async with AsyncExitStack() as cleanup:
+                cleanup.push_async_callback(self._graph.remove_unneeded, before)
+                for driver in old.values():
+                    cleanup.push_async_callback(driver.close)
 
     def _check_sizes(self) -> None:
         """A user that relies on a size keeps it."""

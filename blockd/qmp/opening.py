@@ -89,8 +89,7 @@ class Opening:
 
     async def give_up(self) -> None:
         """Remove the children that were made."""
-        while self._made:
-            await self.graph.remove(self._made.pop())
+        await self.graph.remove_unneeded(reversed(self._made))
 
 
 #: Opens a node's storage, given its options; its children come from the ``Opening``.

@@ -206,6 +206,27 @@ async def test_a_flush_that_fails_is_told_but_the_node_goes(graph: Graph) -> Non
     assert memory_driver(child).closed
 
 
+async def test_a_child_that_fails_keeps_no_other_one(graph: Graph) -> None:
+    backing, file = add(graph, None, owned=False), add(graph, None, owned=False)
+    top = add_overlay(graph, "top", backing, file)
+    memory_driver(file).fail("flush", errno.EIO, times=9)
+    with pytest.raises(OSError, match="Input/output error"):
+        await graph.remove(top)
+    assert list(graph) == []
+    assert memory_driver(file).closed
+    assert memory_driver(backing).closed
+
+
+async def test_a_node_that_has_gone_is_not_stood_on(graph: Graph) -> None:
+    child = add(graph, "child")
+    driver = RawDriver(child)
+    await graph.remove(child)
+    with pytest.raises(BlockdError, match="'child' has been removed meanwhile"):
+        graph.add("top", driver, owned=True)
+    add(graph, "child")
+    assert [node.name for node in graph] == ["child"]
+
+
 async def test_cancelling_a_deletion_leaves_no_node_half_there(graph: Graph) -> None:
     child = add(graph, None, owned=False)
     top = add_raw(graph, "top", child)

@@ -11,7 +11,16 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from blockd.block import FileDriver, Graph, Node, RawDriver, Reopening, Role, reopen_file
+from blockd.block import (
+    CopyOnReadDriver,
+    FileDriver,
+    Graph,
+    Node,
+    RawDriver,
+    Reopening,
+    Role,
+    reopen_file,
+)
 from blockd.block.drivers.locking import lock_image
 from blockd.errors import BlockdError, WouldBlock
 from tests.helpers.driver_subjects import open_image
@@ -97,6 +106,22 @@ async def test_it_waits_for_what_is_under_way_and_new_requests_wait_for_it(
     assert not new.closed
     if operation != "flush":
         assert (old.counts[operation], new.counts[operation]) == (1, 1)
+
+
+async def test_what_stands_above_asks_for_the_space_only_afterwards(
+    graph: Graph, node: Node
+) -> None:
+    top = graph.add("top", CopyOnReadDriver(node), owned=True)
+    told: list[int] = []
+
+    async def ask() -> None:
+        told.append(await top.allocated_bytes())
+
+    async with trio.open_nursery() as nursery, node.at_rest():
+        nursery.start_soon(ask)
+        await wait_all_tasks_blocked()
+        assert not told
+    assert told
 
 
 async def test_nobody_above_notices(graph: Graph, node: Node) -> None:
@@ -192,6 +217,15 @@ async def test_a_child_made_for_the_node_goes_when_nobody_needs_it(graph: Graph)
     assert graph.find(own.name) is None
     await reopen(graph, (top, RawDriver(graph.add("other", memory(b"e"), owned=True))))
     assert graph.find("named") is named
+
+
+async def test_a_child_of_two_goes_once_when_both_leave_it(graph: Graph) -> None:
+    child = graph.add(None, memory(b"c"), owned=False)
+    other = graph.add("other", memory(b"o"), owned=True)
+    first, second = (graph.add(name, RawDriver(child), owned=True) for name in ("a", "b"))
+    await reopen(graph, (first, RawDriver(other)), (second, RawDriver(other)))
+    assert child not in list(graph)
+    assert await first_byte(first) == await first_byte(second) == b"o"
 
 
 @pytest.mark.parametrize("role", [Role.SOURCE, Role.TARGET])

@@ -97,7 +97,7 @@ class Filter(Driver):
         return await self.child.allocation(offset, length)
 
     async def allocated_bytes(self) -> int:
-        return await self.child.driver.allocated_bytes()
+        return await self.child.allocated_bytes()
 
     async def close(self) -> None:
         """The child is a node of its own and is closed as one."""
