@@ -43,11 +43,15 @@ def _read(path: str) -> bytes:
         # Nobody may ever write to a pipe that is opened here.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         what = "Error reading"
-        with open(fd, "rb") as file:
+        try:
             status = os.fstat(fd)
             if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
                 raise BlockdError(f"Unable to read {path}: it is not a regular file")
-            value = file.read(limits.SECRET_BYTES + 1)
+            # A directory is refused before anything would own, and close, the descriptor.
+            with open(fd, "rb", closefd=False) as file:
+                value = file.read(limits.SECRET_BYTES + 1)
+        finally:
+            os.close(fd)
     except OSError as error:
         raise BlockdError(
             f"Unable to read {path}: {what} file “{path}”: {error.strerror}"
