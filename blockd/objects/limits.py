@@ -22,7 +22,7 @@ class Bucket:
     burst_seconds: int = 1
 
     def check(self) -> None:
-        """Raise ``BlockdError`` where the numbers can't be, in the peer's order."""
+        """Raise ``BlockdError`` where the numbers can't be, in QEMU's order."""
         if not (0 <= self.average <= RATE_MAX and 0 <= self.burst <= RATE_MAX):
             raise BlockdError(f"bps/iops/max values must be within [0, {RATE_MAX}]")
         if self.burst_seconds == 0:
@@ -41,7 +41,8 @@ class Bucket:
 class ThrottleLimits:
     """Bytes and requests, of reads, of writes, and of both together.
 
-    ``iops_size``: a request counts once for each such number of bytes begun; 0: once.
+    ``iops_size``: a request of more bytes counts as many times as that goes into it, parts of a
+    time included; 0: each counts once.
     """
 
     bps_total: Bucket = Bucket()
@@ -53,7 +54,7 @@ class ThrottleLimits:
     iops_size: int = 0
 
     def check(self) -> None:
-        """Raise ``BlockdError`` where they contradict each other, in the peer's order."""
+        """Raise ``BlockdError`` where they contradict each other, in QEMU's order."""
         for total, read, write in (
             (self.bps_total, self.bps_read, self.bps_write),
             (self.iops_total, self.iops_read, self.iops_write),

@@ -74,7 +74,7 @@ class Opening:
         if isinstance(reference, str):
             node = self.graph.get(reference, device=reference)
             if role is Role.FILE:
-                # The peer looks at a node's name when it has the node's file.
+                # QEMU looks at a node's name when it has the node's file.
                 self.check_name()
             return node
         common = self.common.inherited(role)

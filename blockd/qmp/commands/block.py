@@ -107,7 +107,7 @@ def _describe(node: Node, allocated_bytes: int | None) -> dict[str, Any]:
 
 
 def _as_signed(threshold: int) -> int:
-    """As the peer shows it: an unsigned number in a signed member."""
+    """As QEMU shows it: an unsigned number in a signed member."""
     return threshold - (1 << 64) if threshold >> 63 else threshold
 
 

@@ -32,7 +32,7 @@ from blockd.qmp.types.objects import (
 
 _INT64_MAX = (1 << 63) - 1
 _UINT32_MAX = (1 << 32) - 1
-#: The peer's default of an iothread.
+#: QEMU's default of an iothread.
 _THREAD_POOL_MAX = 64
 
 
