@@ -46,6 +46,8 @@ class Driver(ABC):
 
     #: Whether it can stand on a backing file.
     supports_backing: bool = False
+    #: Whether a read may write to the nodes that this one stands on.
+    writes_at_reads: bool = False
     #: Whether others may resize the nodes that this one stands on (``child_changed``).
     follows_child_size: bool = False
 

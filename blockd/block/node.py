@@ -226,10 +226,11 @@ class Node:
 
     async def _enter_write(self, offset: int, length: int, *, discard: bool = False) -> None:
         """Do what precedes every write. On return the caller owes one ``_gate.leave()``."""
-        if self.read_only:
-            raise PermissionError(errno.EPERM, f"node '{self.name}' is read-only")
         await self._gate.enter()
         try:
+            # Now, for it may have become so while the gate was shut.
+            if self.read_only:
+                raise PermissionError(errno.EPERM, f"node '{self.name}' is read-only")
             self._note(offset, length)
             if not discard:
                 self._look_at_write(offset + length)
@@ -293,7 +294,7 @@ class Node:
 
         What it does without an await happens at one instant, as the guest sees it.
         """
-        async with self._gate.shut():
+        async with self.at_rest() if self.driver.writes_at_reads else self._gate.shut():
             yield
 
     @asynccontextmanager

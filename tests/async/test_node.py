@@ -200,6 +200,21 @@ async def test_a_read_only_node_is_not_written(change: AsyncWrite) -> None:
         pass
 
 
+@each_change
+async def test_a_write_that_waits_while_a_node_becomes_read_only(
+    change: AsyncWrite, node: Node, driver: WatchedDriver
+) -> None:
+    async def refused() -> None:
+        with pytest.raises(PermissionError):
+            await change(node)
+
+    async with trio.open_nursery() as nursery, node.quiesced():
+        nursery.start_soon(refused)
+        await wait_all_tasks_blocked()
+        await node.make_read_only()
+    assert driver.seen == ["flush"]
+
+
 # --- which path a write takes -----------------------------------------------------------------
 
 

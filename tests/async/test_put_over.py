@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from blockd.block import Gate, Graph, Node, RawDriver, Role
+from blockd.block import CopyOnReadDriver, Gate, Graph, Node, RawDriver, Role
 from blockd.errors import BlockdError
 from tests.helpers.memory_driver import MemoryDriver
 from tests.helpers.memory_overlay import MemoryOverlay
@@ -60,9 +60,13 @@ def add_raw(graph: Graph, name: str, child: Node, size_bytes: int | None = None)
     return graph.add(name, RawDriver(child, size_bytes=size_bytes), owned=True)
 
 
-def written_to(node: Node) -> bytes:
+def memory_driver(node: Node) -> MemoryDriver:
     assert isinstance(node.driver, MemoryDriver)
-    return bytes(node.driver.data).rstrip(b"\0")
+    return node.driver
+
+
+def written_to(node: Node) -> bytes:
+    return bytes(memory_driver(node).data).rstrip(b"\0")
 
 
 async def refusal(graph: Graph, top: Node, node: Node) -> str:
@@ -101,6 +105,31 @@ async def test_an_export_and_a_node_above_follow(graph: Graph) -> None:
     assert written_to(disk) == b""
     assert written_to(overlay) == b"one".ljust(512, b"\0") + b"two"
     assert [claim.role for claim in disk.users] == [Role.BACKING]
+
+
+async def test_what_a_read_above_is_about_to_write_comes_before(graph: Graph) -> None:
+    base = add(graph, "base")
+    await base.write(0, memoryview(b"old"))
+    disk = graph.add("disk", MemoryOverlay(SIZE, base), owned=True)
+    cor = graph.add("cor", CopyOnReadDriver(disk), owned=True)
+    overlay = add_overlay(graph)
+    copied: list[int] = []
+
+    async def put_over() -> None:
+        async with graph.quiesced([disk]):
+            copied.append(memory_driver(disk).counts["write"])
+            graph.put_over(overlay, disk)
+
+    with memory_driver(base).hold("read") as hold:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cor.read, 0, memoryview(bytearray(512)))
+            await hold.reached.wait()
+            nursery.start_soon(put_over)
+            await wait_all_tasks_blocked()
+            assert not copied
+            hold.release()
+    assert copied == [1]
+    assert memory_driver(disk).counts["write"] == 1
 
 
 async def test_a_job_stays(graph: Graph) -> None:

@@ -20,6 +20,7 @@ class CopyOnReadDriver(Filter):
     """
 
     name = "copy-on-read"
+    writes_at_reads = True
 
     def __init__(
         self, child: Node, *, read_only: bool = False, depth_max: int | None = None
