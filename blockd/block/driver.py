@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
@@ -150,6 +151,16 @@ class Driver(ABC):
         No write is in flight. Raises ``OSError``; ``BlockdError`` where it never could.
         """
         raise BlockdError("Image format driver does not support resize")
+
+    @contextmanager
+    def hurried(self) -> Iterator[None]:
+        """Somebody waits until nothing is under way: what holds a request back only to slow it
+        down lets it pass, here and below.
+        """
+        with ExitStack() as below:
+            for child in self.children.values():
+                below.enter_context(child.driver.hurried())
+            yield
 
     def take_over(self, before: Driver) -> None:  # noqa: B027 - most have nothing to take over
         """Go on where ``before``, over the same storage, ends; called as it is replaced."""

@@ -249,6 +249,7 @@ class Graph:
         async with AsyncExitStack() as stopped:
             for hold in tuple(self._holds):
                 if hold.follower is not None and hold.node in affected:
+                    stopped.enter_context(hold.node.driver.hurried())
                     await stopped.enter_async_context(hold.follower.quiesced())
             for node in tuple(in_order_of_waits(self._below, self._holds)):
                 if node in affected:

@@ -294,14 +294,17 @@ class Node:
 
         What it does without an await happens at one instant, as the guest sees it.
         """
-        async with self.at_rest() if self.driver.writes_at_reads else self._gate.shut():
-            yield
+        rest = self.at_rest() if self.driver.writes_at_reads else self._gate.shut()
+        with self.driver.hurried():
+            async with rest:
+                yield
 
     @asynccontextmanager
     async def at_rest(self) -> AsyncIterator[None]:
         """The body runs with nothing at all under way in the driver, and nothing beginning."""
-        async with self._gate.shut(), self._reads.shut():
-            yield
+        with self.driver.hurried():
+            async with self._gate.shut(), self._reads.shut():
+                yield
 
     def change_driver(self, driver: Driver) -> None:
         """Stand on other storage, or on the same in another way; only while at rest.
