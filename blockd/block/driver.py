@@ -52,6 +52,9 @@ class Driver(ABC):
     #: Whether others may resize the nodes that this one stands on (``child_changed``).
     follows_child_size: bool = False
 
+    #: Whether ``discard`` does nothing, so that nothing changes by it.
+    ignores_discards: bool = False
+
     #: How often it came back to storage that may have lost completed writes which no flush had
     #: made durable yet.
     doubts: int = 0

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol, TypeVar
 
+import trio
+
 from blockd import limits
 from blockd.bitmap import NodeBitmaps
 from blockd.block.accounting import Accounts, Inline
@@ -178,7 +180,13 @@ class Node:
                 self._gate.leave()
 
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
-        """Give up the range's content. It counts as a write: what it reads as may change."""
+        """Give up the range's content. It counts as a write: what it reads as may change.
+
+        Where discards are ignored nothing changes, and the bitmaps and views are left alone.
+        """
+        if self.driver.ignores_discards:
+            await self._pass_over_discard(length, fua=fua)
+            return
         with self.accounts.unmap.of(length):
             await self._enter_write(offset, length, discard=True)
             try:
@@ -187,6 +195,14 @@ class Node:
                     await self.driver.flush()
             finally:
                 self._gate.leave()
+
+    async def _pass_over_discard(self, length: int, *, fua: bool) -> None:
+        self._check_writable()
+        with self.accounts.unmap.of(length):
+            if fua:
+                await self.flush()
+            else:
+                await trio.lowlevel.checkpoint()
 
     async def flush(self) -> None:
         """Return once every write that had completed before is on stable storage."""
@@ -228,9 +244,8 @@ class Node:
         """Do what precedes every write. On return the caller owes one ``_gate.leave()``."""
         await self._gate.enter()
         try:
-            # Now, for it may have become so while the gate was shut.
-            if self.read_only:
-                raise PermissionError(errno.EPERM, f"node '{self.name}' is read-only")
+            # Now, for it may have become read-only while the gate was shut.
+            self._check_writable()
             self._note(offset, length)
             if not discard:
                 self._look_at_write(offset + length)
@@ -240,6 +255,10 @@ class Node:
         except BaseException:
             self._gate.leave()
             raise
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise PermissionError(errno.EPERM, f"node '{self.name}' is read-only")
 
     # -- its fill ----------------------------------------------------------------------------
 

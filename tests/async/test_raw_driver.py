@@ -118,8 +118,12 @@ async def test_a_write_by_a_thread_is_one_of_the_child_too(child: Node) -> None:
 
 async def test_discards_end_where_they_are_not_wanted(child: Node, driver: WatchedDriver) -> None:
     node = Node("top", RawDriver(child, unmap=False))
+    bitmap = node.bitmaps.add("b", 512)
     await node.discard(0, 512)
     assert driver.seen == []
+    assert not bitmap.count_bytes
+    await node.discard(0, 512, fua=True)
+    assert driver.seen == ["flush"]
 
 
 async def test_layers_are_counted_from_the_child(child: Node) -> None:

@@ -69,7 +69,7 @@ class FileDriver(Driver):
         self.is_device = not stat.S_ISREG(mode)
         self.size_bytes = _size_bytes(fd)
         self._fd = fd
-        self._unmap = unmap
+        self.ignores_discards = not unmap
         self.flushes = flushes
         self.discards = Counts()
         self._flush_error: OSError | None = None
@@ -191,7 +191,7 @@ class FileDriver(Driver):
             write.ended = True
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        punch = unmap and self._unmap
+        punch = unmap and not self.ignores_discards
         await self._in_thread(lambda: self._zero(offset, length, punch=punch))
 
     def _zero(self, offset: int, length: int, *, punch: bool) -> None:
@@ -205,7 +205,7 @@ class FileDriver(Driver):
         blocking.write(self._fd, offset, view)
 
     async def discard(self, offset: int, length: int) -> None:
-        if not self._unmap:
+        if self.ignores_discards:
             return
         discard = blocking.discard_device if self.is_device else blocking.discard_file
         with self.discards.of(length):

@@ -40,7 +40,7 @@ class RawDriver(Driver):
         self.follows_child_size = not offset_bytes and size_bytes is None
         self.direct = direct
         self.flushes = flushes
-        self._unmap = unmap
+        self.ignores_discards = not unmap
         self._stand_on(child)
 
     def _stand_on(self, child: Node) -> None:
@@ -120,11 +120,11 @@ class RawDriver(Driver):
         await self.child.write(offset + self.offset_bytes, view)
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        unmap = unmap and self._unmap
+        unmap = unmap and not self.ignores_discards
         await self.child.write_zeroes(offset + self.offset_bytes, length, unmap=unmap)
 
     async def discard(self, offset: int, length: int) -> None:
-        if self._unmap:
+        if not self.ignores_discards:
             await self.child.discard(offset + self.offset_bytes, length)
 
     async def flush(self) -> None:
