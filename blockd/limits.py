@@ -41,6 +41,16 @@ DIRECT_SCRATCH_BYTES = 1 * MIB
 #: Runs that one question for a file's allocation may give.
 ALLOCATION_RUNS_LIMIT = 1024
 
+# --- qcow2 -----------------------------------------------------------------------------------
+
+#: The largest tables of an image, as QEMU bounds them: each is held in memory as a whole.
+QCOW2_L1_TABLE_BYTES = 32 * MIB
+QCOW2_REFCOUNT_TABLE_BYTES = 8 * MIB
+QCOW2_SNAPSHOTS = 65536
+#: Bitmaps in one image, and the bytes of the directory that describes them.
+QCOW2_BITMAPS = 65535
+QCOW2_BITMAP_DIRECTORY_BYTES = 1024 * QCOW2_BITMAPS
+
 # --- NBD -------------------------------------------------------------------------------------
 
 #: The largest payload of a request or reply; advertised as the maximum block size.
