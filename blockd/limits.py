@@ -125,6 +125,8 @@ NBD_OPTIONS_LIMIT = 4096
 NODE_BYTES = (1 << 63) - GIB
 #: Bytes in a node's name (QEMU's limit).
 NODE_NAME_BYTES = 31
+#: A node's size, so that an offset can be aligned upward within 63 bits (QEMU's limit).
+NODE_BYTES = (1 << 63) - GIB
 
 # --- objects ---------------------------------------------------------------------------------
 

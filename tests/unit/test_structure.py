@@ -32,6 +32,8 @@ RANK_OF = {
     "blockd.block.qcow2.extensions": "pure",
     "blockd.block.qcow2.features": "pure",
     "blockd.block.qcow2.header": "pure",
+    "blockd.block.qcow2.image_options": "pure",
+    "blockd.block.qcow2.layout": "pure",
     "blockd.block.qcow2.parsing": "pure",
     "blockd.backup": "domain",
     "blockd.backup.plan": "pure",
