@@ -192,12 +192,26 @@ class Graph:
         node.users.check_not_busy(Role.TARGET, Role.BACKING)
         hold = self.hold(node, "an unnamed block device", writes=False, resizes=True)
         try:
-            await node.resize(size_bytes)
+            await self.resize_held(node, size_bytes)
         finally:
             hold.release()
+
+    async def resize_held(self, node: Node, size_bytes: int) -> None:
+        """As ``resize``, for one who holds the node by ``hold_to_fill``."""
+        try:
+            await node.resize(size_bytes)
+        finally:
             for each in self._written(node):
                 for upper in self.above(each):
                     upper.child_changed()
+
+    def hold_to_fill(self, node: Node) -> Hold:
+        """Use ``node`` to put a whole image into it: write to it, and resize it as needed.
+
+        Raises ``BlockdError`` where another user forbids that.
+        """
+        node.users.check_not_busy(Role.SOURCE, Role.TARGET)
+        return self.hold(node, "an unnamed block device", writes=True, resizes=True)
 
     def hold(
         self,

@@ -4,6 +4,7 @@ from blockd.job.failure import JobError
 from blockd.job.group import Group
 from blockd.job.job import Job
 from blockd.job.jobs import Jobs
+from blockd.job.once import OneStepJob
 from blockd.job.rate import RateLimit, check_speed
 from blockd.job.states import (
     MAY,
@@ -26,6 +27,7 @@ __all__ = [
     "JobError",
     "Jobs",
     "OnError",
+    "OneStepJob",
     "RateLimit",
     "Status",
     "Verb",

@@ -55,6 +55,8 @@ class Job(ABC):
 
     #: The job's type in QMP.
     kind = "backup"
+    #: Whether the older commands and events, those of block jobs, know the job.
+    block_job = True
 
     def __init__(
         self, job_id: str, *, speed: int = 0, auto_finalize: bool = True, auto_dismiss: bool = True
@@ -284,14 +286,16 @@ class Job(ABC):
         self._concluded.set()
 
     def begin(self, group: Group) -> None:
-        """Begin to run, in the pause in which the start takes place: clients expect to see it."""
+        """Begin to run; clients expect to see the pause in which a backup starts."""
         self._group = group
         self._move(Status.RUNNING)
-        self._move(Status.PAUSED)
+        if self.block_job:
+            self._move(Status.PAUSED)
 
     def go(self) -> None:
         """End the pause of the start."""
-        self._move(Status.RUNNING)
+        if self.block_job:
+            self._move(Status.RUNNING)
 
     async def work(self) -> None:
         """Do all that is done before the end of the group."""
@@ -319,7 +323,8 @@ class Job(ABC):
                 self._move(Status.ABORTING)
             await clean_up(self.id, self.abort)
         await clean_up(self.id, self.close)
-        self._publish_end()
+        if self.block_job:
+            self._publish_end()
         self._move(Status.CONCLUDED)
         if self.auto_dismiss:
             self._move(Status.NULL)

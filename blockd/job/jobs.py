@@ -69,9 +69,10 @@ class Jobs:
 
     def get_legacy(self, device: str) -> Job:
         """The job a ``block-job-*`` command names, or ``DeviceNotActiveError``."""
-        if device not in self._jobs:
+        job = self._jobs.get(device)
+        if job is None or not job.block_job:
             raise DeviceNotActiveError(f"Block job '{device}' not found")
-        return self._jobs[device]
+        return job
 
     def newest_first(self) -> list[Job]:
         return list(reversed(self._jobs.values()))
@@ -82,7 +83,7 @@ class Jobs:
 
     def query_block(self) -> list[dict[str, Any]]:
         """What ``query-block-jobs`` answers."""
-        return [block_job_info(job) for job in self.newest_first()]
+        return [block_job_info(job) for job in self.newest_first() if job.block_job]
 
     async def cancel_all(self, deadline_seconds: float) -> None:
         """Cancel every job, wait until all have concluded, and dismiss them.

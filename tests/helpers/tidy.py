@@ -19,6 +19,7 @@ BEFORE_REPLY = {
     "blockdev-backup": START,
     "drive-backup": START,
     "transaction": START,
+    "blockdev-create": ["created", "running"],
     "block-job-pause": [],
     "job-pause": [],
     "block-job-resume": ["running"],

@@ -9,6 +9,7 @@ from blockd.qmp.commands import (
     backup,
     bitmap,
     block,
+    create,
     export,
     job,
     meta,
@@ -26,6 +27,7 @@ from blockd.qmp.types import backup as backup_types
 from blockd.qmp.types import bitmap as bitmap_types
 from blockd.qmp.types import block as block_types
 from blockd.qmp.types import blockdev as blockdev_types
+from blockd.qmp.types import create as create_types
 from blockd.qmp.types import event as event_types
 from blockd.qmp.types import export as export_types
 from blockd.qmp.types import job as job_types
@@ -55,6 +57,7 @@ COMMANDS = [
     Command("blockdev-add", blockdev_types.BlockdevOptions, block.blockdev_add),
     Command.of(block_types.BlockdevDel, block.blockdev_del),
     Command.of(block_types.BlockdevReopen, reopen.blockdev_reopen),
+    Command.of(create_types.BlockdevCreate, create.blockdev_create),
     Command.of(block_types.BlockResize, block.block_resize),
     Command.of(snapshot_types.BlockdevSnapshot, snapshot.blockdev_snapshot),
     Command.of(block_types.BlockSetWriteThreshold, block.block_set_write_threshold),

@@ -41,6 +41,8 @@ class Query(Command, kw_only=True):
 Int64 = Annotated[int, Meta(extra={"c_type": "int64"})]
 UInt32 = Annotated[int, Meta(extra={"c_type": "uint32_t"})]
 UInt64 = Annotated[int, Meta(extra={"c_type": "uint64"})]
+#: A number of bytes. QEMU calls it unsigned, but takes negative ones and refuses them later.
+Size = Annotated[int, Meta(extra={"c_type": "size"})]
 
 #: Text that no log may show.
 SecretText = Annotated[str, Meta(extra={"secret": True})]
