@@ -50,6 +50,26 @@ QCOW2_SNAPSHOTS = 65536
 #: Bitmaps in one image, and the bytes of the directory that describes them.
 QCOW2_BITMAPS = 65535
 QCOW2_BITMAP_DIRECTORY_BYTES = 1024 * QCOW2_BITMAPS
+#: The table of one bitmap, which names the clusters that hold its bits.
+QCOW2_BITMAP_TABLE_BYTES = 64 * MIB
+#: Images of a backing chain that are opened by the names in them.
+QCOW2_CHAIN_IMAGES = 200
+#: L2 tables and refcount blocks in memory: as QEMU's default, enough for 256 GiB of a disk by
+#: 64 KiB clusters; each kind has at least a few, however large they are.
+QCOW2_L2_CACHE_BYTES = 32 * MIB
+QCOW2_REFCOUNT_CACHE_BYTES = 8 * MIB
+QCOW2_CACHE_TABLES_MIN = 8
+#: Changed tables are written back once they are this share of those that fit.
+QCOW2_DIRTY_SHARE = 0.5
+#: The file grows in such steps, so that growth does not hold up every write; the end that stays
+#: unused is a hole, and cut off when the image is closed.
+QCOW2_GROWTH_BYTES = 64 * MIB
+#: Runs of freed clusters that wait for the next write-back, before it is made for them.
+QCOW2_FREED_RUNS = 65536
+#: Clusters that one write allocates at once; also how much it may put together in memory.
+QCOW2_ALLOCATION_BYTES = 2 * MIB
+#: Clusters that one question for an image's allocation looks at: a few ms of work.
+QCOW2_ALLOCATION_CLUSTERS = 32 * KIB
 
 # --- NBD -------------------------------------------------------------------------------------
 

@@ -38,10 +38,9 @@ async def subject(
 
 
 async def close(driver: Driver) -> None:
-    child = getattr(driver, "child", None)
     await driver.close()
-    if child is not None:
-        await child.driver.close()
+    for child in driver.children.values():
+        await close(child.driver)
 
 
 async def read(driver: Driver, offset: int, length: int) -> bytes:

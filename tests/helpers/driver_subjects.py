@@ -7,12 +7,13 @@ import random
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import trio
 
+from blockd import limits
 from blockd.block import Driver, Node
 from blockd.block.drivers.blkdebug import BlkdebugDriver
 from blockd.block.drivers.copy_on_read import CopyOnReadDriver
@@ -20,6 +21,8 @@ from blockd.block.drivers.file import FileDriver
 from blockd.block.drivers.opening import open_file
 from blockd.block.drivers.raw import RawDriver
 from blockd.block.drivers.throttle import ThrottleDriver
+from blockd.block.qcow2 import ImageOptions, Qcow2Driver, create_image, read_header
+from blockd.block.qcow2 import open_image as open_qcow2
 from blockd.errors import BlockdError
 from blockd.listener import UnixAddress
 from blockd.nbd.client import NbdDriver, Target
@@ -188,6 +191,47 @@ def over_nbdkit(stack: ExitStack, directory: Path, *, block_bytes: int) -> Later
 LaterSubject = Callable[[trio.Nursery], Awaitable[Subject]]
 Maker = Callable[[ExitStack, Path], Subject | LaterSubject]
 
+
+async def qcow2(
+    directory: Path, options: ImageOptions, *, backing_bytes: int | None = None
+) -> Subject:
+    """An image with the usual content: its own, or where it has a backing file, that one's."""
+    file = Node("file", open_new(directory / "image"))
+    backing = data_file = None
+    content = sparse_content(options.size_bytes)
+    if backing_bytes is not None:
+        below = MemoryDriver(sparse_content(backing_bytes))
+        below.filename = str(directory / "backing.raw")
+        backing = Node("backing", below)
+        options = replace(options, backing_file="backing.raw", backing_format="raw")
+        content = bytearray(bytes(content[:backing_bytes]).ljust(options.size_bytes, b"\0"))
+    if options.data_file is not None:
+        data_file = Node("data", open_new(directory / options.data_file))
+    await create_image(file, options, data_file)
+    image = await open_qcow2(
+        file, await read_header(file), backing=backing, data_file=data_file, discard_freed=True
+    )
+    driver = Qcow2Driver(image, direct=False, flushes=True, unmap=True)
+    if backing is None:
+        for offset, length in DATA_RUNS:
+            piece = memoryview(content)[offset : offset + length]
+            await driver.write(offset, piece)
+    return Subject(driver, content)
+
+
+def open_new(path: Path) -> FileDriver:
+    path.touch()
+    return open_image(path)
+
+
+def qcow2_maker(options: ImageOptions, backing_bytes: int | None = None) -> Maker:
+    return lambda _, path: lambda _: qcow2(path, options, backing_bytes=backing_bytes)
+
+
+#: Whole sectors, and no whole cluster.
+IMAGE_BYTES = 300_032
+IMAGE = ImageOptions(size_bytes=IMAGE_BYTES)
+
 SUBJECTS: dict[str, Maker] = {
     "file": lambda stack, path: stack.enter_context(file(path)),
     "file-no-unmap": lambda stack, path: stack.enter_context(file(path, unmap=False)),
@@ -208,6 +252,20 @@ SUBJECTS: dict[str, Maker] = {
     "nbd-qemu": over_qemu_nbd,
     "nbd-nbdkit": lambda stack, path: over_nbdkit(stack, path, block_bytes=1),
     "nbd-4k-blocks": lambda stack, path: over_nbdkit(stack, path, block_bytes=4096),
+    "qcow2": qcow2_maker(IMAGE),
+    "qcow2-v2": qcow2_maker(replace(IMAGE, version=2)),
+    "qcow2-small-clusters": qcow2_maker(replace(IMAGE, cluster_size_bytes=512, refcount_bits=1)),
+    "qcow2-large-clusters": qcow2_maker(
+        replace(IMAGE, cluster_size_bytes=2 * limits.MIB, refcount_bits=64)
+    ),
+    "qcow2-subclusters": qcow2_maker(
+        replace(IMAGE, cluster_size_bytes=16 * limits.KIB, extended_l2=True)
+    ),
+    "qcow2-backing": qcow2_maker(IMAGE, IMAGE_BYTES),
+    "qcow2-short-backing": qcow2_maker(IMAGE, 200_192),
+    "qcow2-subclusters-backing": qcow2_maker(replace(IMAGE, extended_l2=True), IMAGE_BYTES),
+    "qcow2-data-file": qcow2_maker(replace(IMAGE, data_file="data")),
+    "qcow2-raw-data-file": qcow2_maker(replace(IMAGE, data_file="data", data_file_raw=True)),
     "memory": lambda stack, path: stack.enter_context(memory(path)),
     "memory-inline": lambda stack, path: stack.enter_context(memory_inline(path)),
 }

@@ -1,7 +1,23 @@
 """The qcow2 image format, by QEMU's ``docs/interop/qcow2.txt`` ("the specification" here)."""
 
+from blockd.block.qcow2.chain import BackingImage, backing_path, find_backing
 from blockd.block.qcow2.create import create_image
+from blockd.block.qcow2.driver import Qcow2Driver
 from blockd.block.qcow2.features import CompressionType
+from blockd.block.qcow2.header import Header
+from blockd.block.qcow2.image import open_image, read_header
 from blockd.block.qcow2.image_options import ImageOptions, Preallocation
 
-__all__ = ["CompressionType", "ImageOptions", "Preallocation", "create_image"]
+__all__ = [
+    "BackingImage",
+    "CompressionType",
+    "Header",
+    "ImageOptions",
+    "Preallocation",
+    "Qcow2Driver",
+    "backing_path",
+    "create_image",
+    "find_backing",
+    "open_image",
+    "read_header",
+]

@@ -157,6 +157,10 @@ class Header:
         return bool(self.autoclear & Autoclear.DATA_FILE_RAW)
 
     @property
+    def corrupt(self) -> bool:
+        return bool(self.incompatible & Incompatible.CORRUPT)
+
+    @property
     def lazy_refcounts(self) -> bool:
         return bool(self.compatible & Compatible.LAZY_REFCOUNTS)
 
