@@ -72,7 +72,7 @@ KNOWS: dict[str, set[str]] = {
 NBD_AND_QMP = {
     "blockd.qmp.services",
     "blockd.qmp.commands.export",
-    "blockd.qmp.commands.openers",
+    "blockd.qmp.commands.openers.nbd",
 }
 
 #: Pure modules take what time and the outside world say as arguments.

@@ -9,7 +9,8 @@ import trio
 
 from blockd.block import Driver, FileDriver, Graph, Node, Reopening, Role, reopen_file
 from blockd.errors import BlockdError
-from blockd.qmp.commands.openers import OPENERS, open_raw
+from blockd.qmp.commands.openers import OPENERS
+from blockd.qmp.commands.openers.files import open_raw
 from blockd.qmp.opening import ROOT, Common, Opening
 from blockd.qmp.services import Services
 from blockd.qmp.types.block import BlockdevReopen

@@ -1,0 +1,28 @@
+"""The opener of the nbd driver."""
+
+from __future__ import annotations
+
+from blockd.block import Driver
+from blockd.listener import InetAddress, UnixAddress
+from blockd.nbd.client import NbdDriver, Target
+from blockd.qmp.opening import Opening
+from blockd.qmp.types.blockdev import NbdOptions, UnixServerAddress
+
+
+async def open_nbd(opening: Opening, options: NbdOptions) -> Driver:
+    tasks = opening.graph.tasks
+    assert tasks is not None, "the daemon gives its graph a nursery"
+    server = options.server
+    address = (
+        UnixAddress(server.path)
+        if isinstance(server, UnixServerAddress)
+        else InetAddress(server.host, server.port, server.ipv4, server.ipv6)
+    )
+    return await NbdDriver.open(
+        Target(address, options.export),
+        tasks,
+        read_only=opening.common.read_only,
+        auto_read_only=opening.common.auto_read_only,
+        open_timeout_seconds=options.open_timeout,
+        reconnect_delay_seconds=options.reconnect_delay,
+    )
