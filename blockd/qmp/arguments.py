@@ -103,8 +103,11 @@ def _check(kind: inspect.Type, value: Any, name: str) -> None:
 
 
 def _check_alternate(union: inspect.UnionType, value: Any, name: str, title: str) -> None:
+    words = next((each for each in union.types if isinstance(each, inspect.LiteralType)), None)
     if isinstance(value, dict):
         _check_object(_structs(union), value, name)
+    elif isinstance(value, str) and words is not None:
+        _check_choice(words.values, value, name)
     elif not isinstance(value, str) and not (value is None and any(map(_is_none, union.types))):
         raise _wrong_type(_short(name), title)
 

@@ -110,7 +110,7 @@ class Comparison:
             case inspect.ListType(item_type=item):
                 self.check(item, self.schema[info["element-type"]], f"{where}[]")
             case inspect.LiteralType(values=values):
-                assert set(values) <= {member["name"] for member in info["members"]}, where
+                assert set(values) <= self._words(info), where
             case inspect.StrType():
                 assert "string" in self._json_types(info), where
             case inspect.IntType():
@@ -132,6 +132,13 @@ class Comparison:
             member = theirs[field.encode_name]
             assert field.required == ("default" not in member), place
             self.check(field.type, self.schema[member["type"]], place)
+
+    def _words(self, info: Info) -> set[str]:
+        """Those of an enum, or of an alternate's."""
+        if info["meta-type"] == "enum":
+            return {member["name"] for member in info["members"]}
+        choices = (self.schema[member["type"]] for member in info["members"])
+        return next(self._words(each) for each in choices if each["meta-type"] == "enum")
 
     def _json_types(self, info: Info) -> set[str]:
         """The plain types of JSON that a value may have."""

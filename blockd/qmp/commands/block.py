@@ -7,6 +7,7 @@ from typing import Any
 from blockd.bitmap import BitmapInfo
 from blockd.block import Node
 from blockd.errors import BlockdError
+from blockd.qmp.commands.image_info import backing_depth, describe_image
 from blockd.qmp.commands.openers import OPENERS
 from blockd.qmp.opening import open_node
 from blockd.qmp.services import Services
@@ -63,31 +64,17 @@ def query_block(_services: Services, _arguments: QueryBlock) -> list[dict[str, A
 
 
 async def query_named_block_nodes(
-    services: Services, _arguments: QueryNamedBlockNodes
+    services: Services, arguments: QueryNamedBlockNodes
 ) -> list[dict[str, Any]]:
     rows = []
     for node in services.graph:
-        try:
-            allocated_bytes = await node.allocated_bytes()
-        except OSError:
-            # Deleted meanwhile, or its storage is gone; the rest is known all the same.
-            allocated_bytes = None
-        rows.append(_describe(node, allocated_bytes))
+        image = await describe_image(node, flat=arguments.flat)
+        rows.append(_describe(node, image))
     return rows
 
 
-def _describe(node: Node, allocated_bytes: int | None) -> dict[str, Any]:
+def _describe(node: Node, image: dict[str, Any]) -> dict[str, Any]:
     driver = node.driver
-    image: dict[str, Any] = {
-        "virtual-size": node.size_bytes,
-        "filename": driver.filename,
-        "format": driver.name,
-        "dirty-flag": False,
-    }
-    if allocated_bytes is not None:
-        image["actual-size"] = allocated_bytes
-    if driver.name == "file":
-        image["format-specific"] = {"type": "file", "data": {}}
     described: dict[str, Any] = {
         "image": image,
         "node-name": node.name,
@@ -97,11 +84,13 @@ def _describe(node: Node, allocated_bytes: int | None) -> dict[str, Any]:
         "active": True,
         "encrypted": False,
         "detect_zeroes": "off",
-        "backing_file_depth": 0,
+        "backing_file_depth": backing_depth(node),
         "write_threshold": _as_signed(node.write_threshold),
         "cache": {"writeback": True, "direct": driver.direct, "no-flush": not driver.flushes},
         **dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0),
     }
+    if node.backing is not None:
+        described["backing_file"] = node.backing.driver.filename
     bitmaps = [_describe_bitmap(info) for info in node.bitmaps.infos()]
     return described | ({"dirty-bitmaps": bitmaps} if bitmaps else {})
 

@@ -74,10 +74,31 @@ class FileImageSpecific(ImageSpecific, tag_field="type", tag="file", kw_only=Tru
     data: FileSpecific
 
 
+class Qcow2Specific(Object, kw_only=True):
+    """What the image's header says. ``compat``: 0.10 is version 2, 1.1 is version 3."""
+
+    compat: str
+    compression_type: Literal["zlib", "zstd"]
+    lazy_refcounts: bool | None = None
+    refcount_bits: int
+    data_file: str | None = None
+    data_file_raw: bool | None = None
+    corrupt: bool | None = None
+    extended_l2: bool | None = None
+
+
+class Qcow2ImageSpecific(ImageSpecific, tag_field="type", tag="qcow2", kw_only=True):
+    """A qcow2 image."""
+
+    data: Qcow2Specific
+
+
 class ImageInfo(Object, kw_only=True):
     """An image. ``virtual-size``: what guests see. ``actual-size``: what it takes of the storage.
 
-    ``dirty-flag``: it was not closed in order.
+    ``dirty-flag``: it was not closed in order. ``cluster-size``: what it is allocated by.
+    ``backing-filename``, ``backing-filename-format``: as the image names its backing file;
+    ``full-backing-filename``: where that is; ``backing-image``: that, unless the answer is flat.
     """
 
     filename: str
@@ -85,7 +106,12 @@ class ImageInfo(Object, kw_only=True):
     dirty_flag: bool | None = None
     actual_size: int | None = None
     virtual_size: int
-    format_specific: FileImageSpecific | None = None
+    cluster_size: int | None = None
+    backing_filename: str | None = None
+    full_backing_filename: str | None = None
+    backing_filename_format: str | None = None
+    backing_image: ImageInfo | None = None
+    format_specific: FileImageSpecific | Qcow2ImageSpecific | None = None
 
 
 class NodeCacheInfo(Object, kw_only=True):
@@ -114,12 +140,14 @@ class BlockDirtyInfo(Object, kw_only=True):
 class BlockDeviceInfo(Object, kw_only=True):
     """A node. ``file``: its storage. ``ro``: read-only. ``drv``: its driver.
 
+    ``backing_file``: its backing file, and ``backing_file_depth`` how many there are below.
     ``write_threshold``: as ``block-set-write-threshold`` set it, 0 once it was exceeded.
-    Nodes have no throttling, encryption or backing file, and zeroes are not looked for in what is
-    written: these members always say so.
+    Nodes have no throttling or encryption, and zeroes are not looked for in what is written: these
+    members always say so.
     """
 
     file: str
+    backing_file: str | None = field(name="backing_file", default=None)
     node_name: str | None = None
     ro: bool
     drv: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, field
+from msgspec import UNSET, Meta, UnsetType, field
 
 from blockd.qmp.types.base import Int64, Object, UInt32, UInt64
 
@@ -50,6 +50,51 @@ class RawOptions(NodeOptions, tag_field="driver", tag="raw", kw_only=True):
     file: BlockdevRef
     offset: Int64 | None = None
     size: Int64 | None = None
+
+
+Qcow2OverlapCheckMode = Literal["none", "constant", "cached", "all"]
+
+
+class Qcow2OverlapCheckFlags(Object, kw_only=True):
+    """Which of an image's tables are looked after, besides those of ``template``."""
+
+    template: Qcow2OverlapCheckMode | None = None
+    main_header: bool | None = None
+    active_l1: bool | None = None
+    active_l2: bool | None = None
+    refcount_table: bool | None = None
+    refcount_block: bool | None = None
+    snapshot_table: bool | None = None
+    inactive_l1: bool | None = None
+    inactive_l2: bool | None = None
+    bitmap_directory: bool | None = None
+
+
+Qcow2OverlapChecks = Annotated[
+    Qcow2OverlapCheckMode | Qcow2OverlapCheckFlags, Meta(title="Qcow2OverlapChecks")
+]
+
+
+class Qcow2Options(NodeOptions, tag_field="driver", tag="qcow2", kw_only=True):
+    """An image that takes only the room of what was written to it.
+
+    ``backing``: what is read where the image holds nothing; null: zeroes; not given: what the
+    image names. ``data-file``: where the image keeps its data apart; not given: the file that it
+    names. ``lazy-refcounts``: accepted; refcounts are written in time all the same.
+    ``pass-discard-request``, ``pass-discard-other``: whether clusters that become free are
+    discarded in ``file``: after a discard (by default where ``discard`` says so), and after
+    anything else. Here the second goes by the first. ``overlap-check``: accepted; writes to the
+    image's own tables are always refused.
+    """
+
+    file: BlockdevRef
+    backing: BlockdevRefOrNull | UnsetType = UNSET
+    lazy_refcounts: bool | None = None
+    pass_discard_request: bool | None = None
+    pass_discard_snapshot: bool | None = None
+    pass_discard_other: bool | None = None
+    overlap_check: Qcow2OverlapChecks | None = None
+    data_file: BlockdevRef | None = None
 
 
 class NullOptions(NodeOptions, tag_field="driver", tag="null-co", kw_only=True):
@@ -203,6 +248,7 @@ BlockdevOptions = (
     RawOptions
     | FileOptions
     | HostDeviceOptions
+    | Qcow2Options
     | NullOptions
     | NbdOptions
     | BlkdebugOptions

@@ -16,7 +16,7 @@ class SchemaInfo(Object, kw_only=True):
 class SchemaBuiltin(SchemaInfo, tag_field="meta-type", tag="builtin", kw_only=True):
     """A type of JSON."""
 
-    json_type: Literal["string", "int", "boolean", "value"]
+    json_type: Literal["string", "int", "boolean", "value", "null"]
 
 
 class SchemaEnumMember(Object, kw_only=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from blockd.qmp.commands.openers.files import open_null, open_raw, open_storage
 from blockd.qmp.commands.openers.filters import open_blkdebug, open_copy_on_read, open_throttle
 from blockd.qmp.commands.openers.nbd import open_nbd
+from blockd.qmp.commands.openers.qcow2 import open_qcow2
 from blockd.qmp.opening import Openers
 from blockd.qmp.types.blockdev import (
     BlkdebugOptions,
@@ -13,11 +14,13 @@ from blockd.qmp.types.blockdev import (
     HostDeviceOptions,
     NbdOptions,
     NullOptions,
+    Qcow2Options,
     RawOptions,
     ThrottleOptions,
 )
 
 OPENERS: Openers = {
+    Qcow2Options: open_qcow2,
     NbdOptions: open_nbd,
     ThrottleOptions: open_throttle,
     NullOptions: open_null,

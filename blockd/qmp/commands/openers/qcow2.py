@@ -1,0 +1,115 @@
+"""The opener of qcow2 images, with the chain of backing files that they name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import trio
+from msgspec import UNSET
+
+from blockd.block import Driver, Node, Role
+from blockd.block.qcow2 import (
+    BackingImage,
+    Header,
+    Qcow2Driver,
+    find_backing,
+    open_image,
+    read_header,
+)
+from blockd.errors import BlockdError
+from blockd.qmp.opening import Opening
+from blockd.qmp.types.blockdev import (
+    BlockdevOptions,
+    FileOptions,
+    HostDeviceOptions,
+    Qcow2Options,
+    RawOptions,
+)
+
+
+async def open_qcow2(opening: Opening, options: Qcow2Options) -> Driver:
+    common = opening.common
+    file = await opening.child(Role.FILE, options.file)
+    with _could_not_open(file):
+        header = await read_header(file)
+    read_only = common.read_only or (common.auto_read_only and file.read_only)
+    if file.read_only and not read_only:
+        raise BlockdError("Block node is read-only")
+    if options.lazy_refcounts and header.version < 3:
+        raise BlockdError(
+            "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level"
+        )
+    discards = options.pass_discard_request
+    backing = await _open_backing(opening, options, header, file.driver.filename)
+    data_file = await _open_data_file(opening, options, header, file.driver.filename)
+    with _could_not_open(file):
+        image = await open_image(
+            file,
+            header,
+            backing=backing,
+            data_file=data_file,
+            read_only=read_only,
+            discard_freed=common.unmap if discards is None else discards,
+        )
+    return Qcow2Driver(image, direct=common.direct, flushes=common.flushes, unmap=common.unmap)
+
+
+@contextmanager
+def _could_not_open(file: Node) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BlockdError(f"Could not open '{file.driver.filename}': {error.strerror}") from error
+
+
+async def _open_backing(
+    opening: Opening, options: Qcow2Options, header: Header, filename: str
+) -> Node | None:
+    """The node that the options name, or else the one that the image does."""
+    if options.backing is not UNSET:
+        return (
+            None if options.backing is None else await opening.child(Role.BACKING, options.backing)
+        )
+    chain = await trio.to_thread.run_sync(find_backing, filename, header)
+    reference: BlockdevOptions | None = None
+    for backing in reversed(chain):
+        reference = _backing_options(backing, reference)
+    if reference is None:
+        return None
+    try:
+        return await opening.child(Role.BACKING, reference)
+    except BlockdError as error:
+        raise BlockdError(f"Could not open backing file: {error.message}") from error
+
+
+def _backing_options(image: BackingImage, below: BlockdevOptions | None) -> BlockdevOptions:
+    """The options for an image of a chain; ``below`` are those of its own backing file."""
+    kind = HostDeviceOptions if image.is_device else FileOptions
+    file = kind(filename=image.filename)
+    match image.format:
+        case "qcow2":
+            return Qcow2Options(file=file, backing=below)
+        case "raw":
+            return RawOptions(file=file)
+        case "file" | "host_device":
+            return file
+        case unknown:
+            raise BlockdError(f"Could not open backing file: Unknown driver '{unknown}'")
+
+
+async def _open_data_file(
+    opening: Opening, options: Qcow2Options, header: Header, filename: str
+) -> Node | None:
+    if not header.has_data_file:
+        if options.data_file is not None:
+            raise BlockdError("'data-file' can only be set for images with an external data file")
+        return None
+    if options.data_file is not None:
+        return await opening.child(Role.DATA_FILE, options.data_file)
+    name = header.extensions.data_file
+    if name is None:
+        raise BlockdError("'data-file' is required for this image")
+    path = os.path.join(os.path.dirname(filename), name)
+    return await opening.child(Role.DATA_FILE, FileOptions(filename=path))
