@@ -354,8 +354,7 @@ class Refcounts:
         await self._change(lambda: self._block(index))
         if max(counts) > self._codec.most:
             raise BlockdError(NEEDS_REBUILDING)
-        exact = self._codec.zeroes(0)
-        exact.extend(counts)
+        exact = self._codec.of(counts)
         if exact != self._block(index):
             self._set(index * self._per_block, exact)
 

@@ -42,6 +42,10 @@ class RefcountCodec:
     def zeroes(self, count: int) -> array[int]:
         return array(self._typecode, bytes(count * array(self._typecode).itemsize))
 
+    def of(self, counts: array[int]) -> array[int]:
+        """The same counts, none of which is above ``most``."""
+        return array(self._typecode, counts)
+
     def ones(self, count: int) -> array[int]:
         return array(self._typecode, [1]) * count
 
