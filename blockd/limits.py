@@ -64,6 +64,9 @@ QCOW2_DIRTY_SHARE = 0.5
 #: The file grows in such steps, so that growth does not hold up every write; the end that stays
 #: unused is a hole, and cut off when the image is closed.
 QCOW2_GROWTH_BYTES = 64 * MIB
+#: Reads and writes of an image's file up to this size are tried inline: 50 us of copying, about
+#: what a hop to a thread costs.
+QCOW2_INLINE_BYTES = 256 * KIB
 #: Runs of freed clusters that wait for the next write-back, before it is made for them.
 QCOW2_FREED_RUNS = 65536
 #: Clusters that one write allocates at once; also how much it may put together in memory.

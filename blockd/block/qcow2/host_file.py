@@ -16,7 +16,7 @@ from blockd.errors import BlockdError, WouldBlock
 class HostFile:
     """Reads, writes and growth of the image's file, or of its external data file.
 
-    Both are first tried inline: metadata is small and mostly in the page cache.
+    What is small is first tried inline, as it is mostly in the page cache.
     """
 
     def __init__(self, node: Node, growth_bytes: int = limits.QCOW2_GROWTH_BYTES) -> None:
@@ -33,10 +33,11 @@ class HostFile:
             view = view[:inside]
         if not inside:
             return
-        try:
-            self.node.read_nowait(offset, view)
-        except WouldBlock:
-            await self.node.read(offset, view)
+        if len(view) <= limits.QCOW2_INLINE_BYTES:
+            with suppress(WouldBlock):
+                self.node.read_nowait(offset, view)
+                return
+        await self.node.read(offset, view)
 
     async def read_bytes(self, offset: int, length: int) -> bytearray:
         data = bytearray(length)
@@ -47,10 +48,11 @@ class HostFile:
         """Write ``view``, growing the file where it is too short. Raises ``OSError``."""
         if offset + len(view) > self.node.size_bytes:
             await self.grow(offset + len(view))
-        try:
-            self.node.write_nowait(offset, view)
-        except WouldBlock:
-            await self.node.write(offset, view)
+        if len(view) <= limits.QCOW2_INLINE_BYTES:
+            with suppress(WouldBlock):
+                self.node.write_nowait(offset, view)
+                return
+        await self.node.write(offset, view)
 
     async def grow(self, end: int) -> None:
         """Make the file at least ``end`` bytes long. Raises ``OSError`` (ENOSPC if it can't)."""

@@ -40,6 +40,13 @@ class Mapping:
         self._refcounts = refcounts
         cluster_bytes = header.cluster_size_bytes
         self._reach_bytes = 1 << self.geometry.reach_bits
+        geometry = self.geometry
+        self._reach_bits = geometry.reach_bits
+        self._cluster_bits = geometry.cluster_bits
+        self._inside_mask = geometry.cluster_bytes - 1
+        self._index_mask = geometry.l2_entries - 1
+        #: No entry with one of these is plain; of extended ones that can't be told so.
+        self._plain_mask = ~0 if geometry.extended else geometry.not_data_mask
         self.tables = TableCache(
             cluster_bytes,
             max(limits.QCOW2_L2_CACHE_BYTES // cluster_bytes, limits.QCOW2_CACHE_TABLES_MIN),
@@ -65,6 +72,22 @@ class Mapping:
             return None
         table.touched = True
         return find_run(table.words, self.geometry, offset, length)
+
+    def find_cluster(self, offset: int, length: int, flags: int = 0) -> int | None:
+        """Where bytes lie that are within one plain data cluster; None where they may not be.
+
+        The short way for small requests, by a table that is in memory; ``flags``: what the entry
+        must have besides an offset.
+        """
+        table = self.tables.tables.get(offset >> self._reach_bits)
+        inside = offset & self._inside_mask
+        if table is None or inside + length > self._inside_mask + 1:
+            return None
+        entry = table.words[(offset >> self._cluster_bits) & self._index_mask]
+        if entry & self._plain_mask or entry & flags != flags or not entry & OFFSET_MASK:
+            return None
+        table.touched = True
+        return (entry & OFFSET_MASK) + inside
 
     async def find(self, offset: int, length: int) -> Run:
         """How the first of the bytes is mapped, and how many of the others alike.

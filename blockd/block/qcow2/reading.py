@@ -39,6 +39,10 @@ class Reader:
 
     def read_nowait(self, offset: int, view: memoryview) -> None:
         """Fill ``view``, or raise ``WouldBlock`` (its content is then undefined)."""
+        host = self.mapping.find_cluster(offset, len(view))
+        if host is not None:
+            self.data_file.node.read_nowait(host, view)
+            return
         run = self.mapping.find_nowait(offset, len(view))
         if run is None:
             raise WouldBlock

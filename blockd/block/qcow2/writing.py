@@ -57,6 +57,10 @@ class Writer:
 
     def write_nowait(self, offset: int, view: memoryview) -> None:
         """Write ``view`` in place at once, or raise ``WouldBlock``."""
+        host = self._find_cluster(offset, len(view))
+        if host is not None:
+            self.data_file.node.write_nowait(host, view)
+            return
         geometry = self.mapping.geometry
         table = self.mapping.writable_nowait(offset >> geometry.reach_bits)
         if table is None:
@@ -65,6 +69,13 @@ class Writer:
         if length < len(view) or not self._is_data(host, length):
             raise WouldBlock
         self.data_file.node.write_nowait(host, view)
+
+    def _find_cluster(self, offset: int, length: int) -> int | None:
+        mapping = self.mapping
+        if not mapping.l1[offset >> mapping.geometry.reach_bits] & COPIED:
+            return None
+        host = mapping.find_cluster(offset, length, COPIED)
+        return host if host is not None and self._is_data(host, length) else None
 
     async def write(self, offset: int, view: memoryview) -> None:
         """Write ``view``. Raises ``OSError``."""
