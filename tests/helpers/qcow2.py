@@ -46,6 +46,15 @@ def check(image: Path) -> dict[str, Any]:
     return checked
 
 
+def qemu_img_check(image: Path) -> dict[str, int]:
+    """How many errors and leaks qemu-img finds in an image."""
+    command = [require_tool("qemu-img"), "check", "-f", "qcow2", "--output=json", str(image)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    checked = json.loads(result.stdout)
+    assert not checked["check-errors"], result.stderr
+    return {kind: checked.get(kind, 0) for kind in ("corruptions", "leaks")}
+
+
 def format_info(image: Path) -> dict[str, Any]:
     """What ``qemu-img info`` says of an image, but for what depends on its storage and name."""
     info: dict[str, Any] = json.loads(qemu_img("info", "-f", "qcow2", "--output=json", image))
