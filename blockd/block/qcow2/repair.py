@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 
 import trio
 from pyroaring import BitMap64
 
 from blockd import limits
-from blockd.block.qcow2.entries import OFFSET_MASK, CorruptImageError, Geometry
+from blockd.block.qcow2.entries import COPIED, OFFSET_MASK, CorruptImageError, Geometry
 from blockd.block.qcow2.header import Header
 from blockd.block.qcow2.host_file import HostFile
 from blockd.block.qcow2.refcounts import Refcounts
@@ -38,12 +38,15 @@ class _References:
         """Raises ``CorruptImageError`` for clusters beyond the file's end."""
         if clusters and clusters[-1] >= self.file_clusters:
             raise CorruptImageError(f"cluster {clusters[-1]} is beyond the end of the file")
-        for cluster in clusters:
-            index, at = divmod(cluster, self.per_block)
+        at = clusters.start
+        while at < clusters.stop:
+            index, start = divmod(at, self.per_block)
             block = self.blocks.get(index)
             if block is None:
                 block = self.blocks[index] = array("I", bytes(4 * self.per_block))
-            block[at] += 1
+            end = min(start + clusters.stop - at, self.per_block)
+            block[start:end] = array("I", [count + 1 for count in block[start:end]])
+            at += end - start
 
     def add_extent(self, extent: Extent) -> None:
         if extent.length:
@@ -109,9 +112,8 @@ class _Repair:
             words = await self._read_words(Extent(offset, geometry.cluster_bytes))
             if self._header.has_data_file:
                 continue
-            for entry in words[:: geometry.entry_words]:
-                if entry:
-                    self._references.add(geometry.clusters(entry))
+            for clusters in _runs(words, geometry):
+                self._references.add(clusters)
 
     async def _snapshots(self) -> AsyncIterator[Extent]:
         """Each snapshot's L1 table."""
@@ -145,12 +147,31 @@ class _Repair:
 
     async def _correct(self, refcounts: Refcounts) -> None:
         references = self._references
-        last = max(references.blocks)
         zeroes = array("I", bytes(4 * references.per_block))
-        for index in range(max(len(refcounts.table), last + 1)):
+        present = {index for index, word in enumerate(refcounts.table) if word & OFFSET_MASK}
+        for index in sorted(present | references.blocks.keys()):
             await refcounts.correct(index, references.blocks.get(index, zeroes))
             if refcounts.blocks.dirty_count:
                 for change in refcounts.blocks.take_changes():
                     await self._file.write(change.offset, memoryview(change.data))
                 refcounts.blocks.written()
         await self._file.node.flush()
+
+
+def _runs(words: array[int], geometry: Geometry) -> Iterator[range]:
+    """The clusters that a table's entries refer to; what entries name in order is one range."""
+    run, more = range(0), 0
+    next_word = 0
+    for entry in words[:: geometry.entry_words]:
+        if entry == next_word:
+            # The last one's neighbour, or nothing after nothing.
+            if entry:
+                more += 1
+                next_word += geometry.cluster_bytes
+            continue
+        if run:
+            yield range(run.start, run.stop + more)
+        run, more = geometry.clusters(entry), 0
+        next_word = entry + geometry.cluster_bytes if entry & COPIED else 0
+    if run:
+        yield range(run.start, run.stop + more)
