@@ -19,10 +19,10 @@ class HostFile:
     What is small is first tried inline, as it is mostly in the page cache.
     """
 
-    def __init__(self, node: Node, growth_bytes: int = limits.QCOW2_GROWTH_BYTES) -> None:
-        """``growth_bytes``: how much the file grows by at least."""
+    def __init__(self, node: Node, growth_bytes: int | None = None) -> None:
+        """``growth_bytes``: how much the file grows by at least, if not by what the limit says."""
         self.node = node
-        self._growth_bytes = growth_bytes
+        self._growth_bytes = growth_bytes or limits.QCOW2_GROWTH_BYTES
         self._growth = trio.Lock()
 
     async def read(self, offset: int, view: memoryview) -> None:
