@@ -65,6 +65,12 @@ def of_image_file(access: Access, *, writable: bool) -> Access:
     return Access(access.needs | (_ALL if writable else Perm.NONE), Perm.NONE)
 
 
+def of_data_file(access: Access) -> Access:
+    """The child holds an image's data and nothing else; it grows where it is written to."""
+    grows = Perm.RESIZE if Perm.WRITE in access.needs else Perm.NONE
+    return of_part(access._replace(needs=access.needs | grows))
+
+
 def of_backing_file(access: Access) -> Access:
     """The child is only read; what it reads as must not change where the users rely on that."""
     return Access(Perm.NONE, _ALL if Perm.WRITE in access.shares else Perm.NONE)

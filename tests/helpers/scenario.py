@@ -221,6 +221,20 @@ class Read:
 
 
 @dataclass(frozen=True)
+class Reads:
+    """A guest, connected to ``export`` from its first request on, reads the disk: a digest."""
+
+    export: str
+
+    def play(self, stage: Stage) -> list[Message]:
+        guest = guest_of(stage, self.export)
+        digest = hashlib.sha256()
+        for offset in range(0, DISK_BYTES, MIB):
+            digest.update(guest.read(offset, MIB))
+        return [{"guest": digest.hexdigest()}]
+
+
+@dataclass(frozen=True)
 class Connect:
     """A guest connects, and stays; what it was told."""
 

@@ -27,6 +27,9 @@ BEFORE_REPLY = {
     "block-job-set-speed": [],
 }
 
+#: How the files are called that hold no raw image.
+IMAGE_SUFFIX = ".q"
+
 #: Fields of a job that tell how far it has got, and that its end is reached.
 PROGRESS = [("offset", "len"), ("current-progress", "total-progress")]
 
@@ -55,6 +58,9 @@ def _tidy_value(value: Any) -> Any:
         tidied["image"].pop("backing-image", None)
     if "actual-size" in tidied:
         tidied["actual-size"] = "some"
+        if tidied["format"] == "file" and tidied["filename"].endswith(IMAGE_SUFFIX):
+            # Each program lets the file of an image grow in its own way.
+            tidied["virtual-size"] = "some"
     if tidied.get("status") == "running":
         tidied.pop("busy", None)
     if "package" in tidied:

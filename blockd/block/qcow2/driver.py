@@ -8,12 +8,13 @@ import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from blockd.block.allocation import Allocation
 from blockd.block.driver import Driver
 from blockd.block.node import Node
-from blockd.block.permissions import Role
+from blockd.block.permissions import Access, Role, of_backing_file, of_data_file, of_image_file
 from blockd.block.qcow2.allocation import find_allocation
 from blockd.block.qcow2.chain import backing_path
 from blockd.block.qcow2.entries import CorruptImageError
@@ -29,6 +30,7 @@ class Qcow2Driver(Driver):
     """One image. ``Image.open`` makes what it works on."""
 
     name = "qcow2"
+    supports_backing = True
 
     def __init__(self, image: Image, *, direct: bool, flushes: bool, unmap: bool) -> None:
         """``unmap``: discards are followed."""
@@ -36,27 +38,33 @@ class Qcow2Driver(Driver):
         self.size_bytes = image.header.size_bytes
         self.read_only = image.changes is None
         self.cluster_size_bytes = image.header.cluster_size_bytes
-        #: The name of the file that the image lies in.
-        self.file_name = image.file.node.driver.filename
-        self.filename = self._filename()
         self.direct = direct
         self.flushes = flushes
         self._unmap = unmap
         self._broken = False
+        self.child_changed()
 
-    def _filename(self) -> str:
-        """The file's name, where it tells all of it; or the options as QEMU's "json:" has them."""
-        image, header = self._image, self._image.header
-        backing = None if image.backing is None else image.backing.driver.filename
-        named = header.backing_file
-        if backing == (None if named is None else backing_path(self.file_name, named)):
-            return self.file_name
-        options = {
-            "backing": None if image.backing is None else _options(image.backing),
-            "driver": self.name,
-            "file": _options(image.file.node),
-        }
-        return f"json:{json.dumps(options)}"
+    def child_changed(self) -> None:
+        file = self._image.file.node.driver
+        #: The name of the file that the image lies in.
+        self.file_name = file.filename
+        told = "filename" in file.options and not self._backing_overridden()
+        self.filename = file.filename if told else f"json:{json.dumps(self.options)}"
+
+    def _backing_overridden(self) -> bool:
+        """Whether the backing file is another one than the image says."""
+        backing, named = self._image.reader.backing, self._image.header.backing_file
+        if backing is None or named is None:
+            return backing is not None or named is not None
+        return backing.driver.filename != backing_path(self.file_name, named)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        backing = self._image.reader.backing
+        overriding: dict[str, Any] = {}
+        if self._backing_overridden():
+            overriding["backing"] = None if backing is None else backing.driver.options
+        return {**overriding, "driver": self.name, "file": self._image.file.node.driver.options}
 
     @property
     def found_dirty(self) -> bool:
@@ -75,9 +83,24 @@ class Qcow2Driver(Driver):
         children = {Role.FILE: image.file.node}
         if image.data_file is not image.file:
             children[Role.DATA_FILE] = image.data_file.node
-        if image.backing is not None:
-            children[Role.BACKING] = image.backing
+        if image.reader.backing is not None:
+            children[Role.BACKING] = image.reader.backing
         return children
+
+    def child_access(self, role: Role, access: Access) -> Access:
+        if role is Role.BACKING:
+            return of_backing_file(access)
+        if role is Role.DATA_FILE:
+            return of_data_file(access)
+        return of_image_file(access, writable=not self.read_only)
+
+    def replace_child(self, role: Role, node: Node | None) -> None:
+        image = self._image
+        if role is Role.BACKING:
+            image.reader.backing = node
+            return
+        assert node is not None
+        (image.file if role is Role.FILE else image.data_file).node = node
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -153,6 +176,13 @@ class Qcow2Driver(Driver):
             await changes.metadata.mark_corrupt()
             raise
 
+    async def make_read_only(self) -> None:
+        changes = self._image.changes
+        if changes is not None and not self._broken:
+            await changes.metadata.close()
+        self._image = replace(self._image, header=self.header, changes=None)
+        self.read_only = True
+
     async def close(self) -> None:
         changes = self._image.changes
         if changes is None or self._broken:
@@ -162,15 +192,3 @@ class Qcow2Driver(Driver):
         except OSError as error:
             # The dirty bit stays: whoever opens the image next repairs it.
             log.warning("'%s' could not be closed in order: %s", self.filename, error)
-
-
-def _options(node: Node) -> dict[str, Any]:
-    """The options that would make a node like this one."""
-    driver = node.driver
-    if driver.filename.startswith("json:"):
-        options: dict[str, Any] = json.loads(driver.filename.removeprefix("json:"))
-        return options
-    file = driver.children.get(Role.FILE)
-    if file is not None:
-        return {"driver": driver.name, "file": _options(file)}
-    return {"driver": driver.name, "filename": driver.filename}

@@ -45,7 +45,6 @@ class Image:
     header: Header
     file: HostFile
     data_file: HostFile
-    backing: Node | None
     reader: Reader
     requests: Requests
     #: None where the image is only read.
@@ -97,7 +96,7 @@ async def open_image(
             discard_freed=discard_freed,
         )
         changes = _make_changes(reader, refcounts, written)
-    return Image(header, host, data, backing, reader, requests, changes)
+    return Image(header, host, data, reader, requests, changes)
 
 
 def _make_changes(reader: Reader, refcounts: Refcounts, metadata: Metadata) -> Changes:

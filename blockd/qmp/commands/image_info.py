@@ -37,6 +37,8 @@ async def _describe(node: Node) -> dict[str, Any]:
     # Deleted meanwhile, or its storage is gone? The rest is known all the same.
     with suppress(OSError):
         image["actual-size"] = await node.allocated_bytes()
+    if driver.cluster_size_bytes is not None:
+        image["cluster-size"] = driver.cluster_size_bytes
     if driver.name == "file":
         image["format-specific"] = {"type": "file", "data": {}}
     if isinstance(driver, Qcow2Driver):
@@ -47,7 +49,6 @@ async def _describe(node: Node) -> dict[str, Any]:
 def _describe_qcow2(driver: Qcow2Driver) -> dict[str, Any]:
     header = driver.header
     image: dict[str, Any] = {
-        "cluster-size": header.cluster_size_bytes,
         "dirty-flag": driver.found_dirty,
         "format-specific": {"type": "qcow2", "data": _describe_header(header)},
     }

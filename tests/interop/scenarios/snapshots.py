@@ -1,0 +1,266 @@
+"""Overlays put on live nodes, and who may use an image and what it stands on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.helpers.scenario import (
+    MIB,
+    Asleep,
+    Bitmaps,
+    Both,
+    Connect,
+    Content,
+    Do,
+    Reads,
+    Scenario,
+    Step,
+    Until,
+    Write,
+    do,
+)
+from tests.interop.scenarios.create import created
+from tests.interop.words import (
+    ENDED,
+    backup,
+    bitmap,
+    delete,
+    export,
+    file,
+    node,
+    server,
+    unexport,
+)
+
+NODES = do("query-named-block-nodes")
+EXPORTS = do("query-block-exports")
+
+
+def image(name: str, size: int = 3 * MIB, **options: Any) -> list[Step]:
+    """A new qcow2 image NAME.q, as the node NAME."""
+    return [*image_file(name, size), opened(name, **options)]
+
+
+def image_file(name: str, size: int = 3 * MIB) -> list[Step]:
+    return [
+        *created(driver="file", filename=f"DIR/{name}.q", size=0),
+        *created(driver="qcow2", file=file(f"{name}.q"), size=size),
+    ]
+
+
+def opened(name: str, **options: Any) -> Do:
+    own = {"file": file(f"{name}.q"), **options}
+    return do("blockdev-add", driver="qcow2", node_name=name, **own)
+
+
+def snapshot(below: str, overlay: str) -> Do:
+    return do("blockdev-snapshot", node=below, overlay=overlay)
+
+
+def without_guest(identifier: str) -> Step:
+    """Delete an export under its guest; the reply may come before that is done, or after it."""
+    gone = Until("BLOCK_EXPORT_DELETED", {"id": identifier})
+    return Both(unexport(identifier, mode="hard"), gone)
+
+
+LIVE: list[Step] = [node("n"), server(), export("e", writable=True, name="n"), Connect("n")]
+
+SCENARIOS = [
+    Scenario(
+        "snapshot-live",
+        [
+            *LIVE,
+            *image("q"),
+            Write("n", 0, 100),
+            bitmap("b"),
+            snapshot("n", "q"),
+            NODES,
+            EXPORTS,
+            Reads("n"),
+            Write("n", MIB - 5, 10),
+            Reads("n"),
+            Content("n.img"),
+            Bitmaps("n"),
+            *[delete(name) for name in ("q", "n")],
+            without_guest("e"),
+            *[delete(name) for name in ("n", "q")],
+            NODES,
+        ],
+    ),
+    Scenario(
+        "snapshot-twice",
+        [
+            *LIVE,
+            *image("q"),
+            *image("r"),
+            snapshot("n", "q"),
+            Write("n", 0, MIB),
+            snapshot("q", "r"),
+            Write("n", MIB // 2, MIB),
+            NODES,
+            Reads("n"),
+            export("q", "q", name="q"),
+            Reads("q"),
+            snapshot("q", "r"),
+            snapshot("n", "r"),
+        ],
+    ),
+    Scenario(
+        "snapshot-below-a-node",
+        [
+            node("mid", file=file("m.img")),
+            node("top", file="mid"),
+            server(),
+            export("e", "top", writable=True, name="n"),
+            *image("q"),
+            Write("n", 0, 100),
+            snapshot("mid", "q"),
+            Write("n", 4096, 100),
+            NODES,
+            Reads("n"),
+            Content("m.img"),
+            delete("q"),
+            without_guest("e"),
+            delete("top"),
+            delete("q"),
+            NODES,
+        ],
+    ),
+    Scenario(
+        "snapshot-of-what-was-made-for-another",
+        [
+            node("top", file={"driver": "raw", "node-name": "mid", "file": file("m.img")}),
+            *image("q"),
+            snapshot("mid", "q"),
+            NODES,
+            delete("mid"),
+            delete("top"),
+            NODES,
+            delete("q"),
+            NODES,
+        ],
+    ),
+    Scenario(
+        "snapshot-refusals",
+        [
+            *LIVE,
+            *image("q"),
+            *image("r", backing="q"),
+            *image("s", read_only=True),
+            node("t"),
+            do("blockdev-snapshot"),
+            do("blockdev-snapshot", node="n"),
+            snapshot("no", "nor"),
+            snapshot("n", "nor"),
+            snapshot("n", "n"),
+            snapshot("n", "t"),
+            snapshot("n", "r"),
+            snapshot("n", "s"),
+            snapshot("r", "r"),
+            snapshot("r", "q"),
+            snapshot("q", "q"),
+            snapshot("q", "nor"),
+            export("f", "q", name="q"),
+            snapshot("r", "q"),
+            snapshot("n", "q"),
+            NODES,
+        ],
+    ),
+    Scenario(
+        "snapshot-that-is-larger",
+        [
+            *LIVE,
+            *image("q", 4 * MIB),
+            snapshot("n", "q"),
+            NODES,
+            Reads("n"),
+        ],
+    ),
+    Scenario(
+        "snapshot-during-a-backup",
+        [
+            *LIVE,
+            node("t"),
+            *image("q"),
+            bitmap("b"),
+            Write("n", 0, MIB),
+            backup(bitmap="b", bitmap_mode="on-success", speed=1),
+            Asleep(),
+            snapshot("t", "q"),
+            snapshot("n", "q"),
+            Write("n", 0, 2 * MIB),
+            do("block-job-set-speed", device="j", speed=0),
+            ENDED,
+            Bitmaps("n"),
+            Reads("n"),
+            Content("t.img"),
+            Content("n.img"),
+        ],
+    ),
+    Scenario(
+        "image-in-use",
+        [
+            do("blockdev-add", node_name="f", driver="file", filename="DIR/q.q"),
+            *image_file("q"),
+            do("blockdev-add", node_name="f", **file("q.q")),
+            opened("q", file="f"),
+            server(),
+            export("e", "f"),
+            export("e", "f", writable=True),
+            do("block_resize", node_name="f", size=MIB),
+            opened("r", file="f"),
+            opened("r", file="f", read_only=True),
+            node("r", file="f"),
+            export("e", "r", writable=True),
+            delete("f"),
+            delete("r"),
+        ],
+    ),
+    Scenario(
+        "image-in-a-file-in-use",
+        [
+            *image_file("q"),
+            do("blockdev-add", node_name="f", **file("q.q")),
+            server(),
+            export("e", "f", writable=True),
+            opened("q", file="f"),
+            opened("q", file="f", read_only=True),
+            unexport("e"),
+            export("e", "f"),
+            opened("q", file="f"),
+            opened("q", file="f", read_only=True),
+        ],
+    ),
+    Scenario(
+        "image-in-a-read-only-file",
+        [
+            *image_file("q"),
+            do("blockdev-add", node_name="f", read_only=True, **file("q.q")),
+            opened("q", file="f"),
+            opened("q", file="f", read_only=True),
+            opened("r", file="f", read_only=True),
+            NODES,
+        ],
+    ),
+    Scenario(
+        "backing-file-in-use",
+        [
+            node("n"),
+            *image("q", backing="n"),
+            server(),
+            export("w", writable=True, name="w"),
+            export("e", "q", writable=True, name="e"),
+            Write("e", 0, 10),
+            Write("w", 4096, 10),
+            Reads("e"),
+            without_guest("w"),
+            delete("n"),
+            do("block_resize", node_name="n", size=4 * MIB),
+            node("t"),
+            backup(device="q", speed=1),
+            Asleep(),
+            export("w", writable=True, name="w"),
+            do("block-job-cancel", device="j"),
+        ],
+    ),
+]
