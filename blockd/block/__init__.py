@@ -23,7 +23,7 @@ from blockd.block.graph import Graph
 from blockd.block.holds import Follower, Hold
 from blockd.block.inflight import Gate, Reservations
 from blockd.block.node import BeforeWrite, Node
-from blockd.block.permissions import Access, Claim, Perm, Role
+from blockd.block.permissions import Access, Claim, Perm, Role, of_image_file
 from blockd.block.reopening import Reopening
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "create_file",
     "guess_format",
     "is_block_device",
+    "of_image_file",
     "open_file",
     "rehearse_file",
     "reopen_file",

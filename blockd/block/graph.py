@@ -6,7 +6,13 @@ import itertools
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 
 import trio
 
@@ -245,6 +251,20 @@ class Graph:
             hold.release()
             raise
         return hold
+
+    @contextmanager
+    def taken(self, node: Node, claim: Claim) -> Iterator[None]:
+        """The body runs with this claim on ``node``, for one above it that is being made.
+
+        Raises ``BlockdError`` where another user forbids it.
+        """
+        node.users.add(claim)
+        try:
+            settle(self._below)
+            yield
+        finally:
+            node.users.remove(claim)
+            settle(self._below)
 
     def _drop(self, hold: Hold) -> None:
         self._holds.remove(hold)

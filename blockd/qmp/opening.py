@@ -87,6 +87,11 @@ class Opening:
         if self._node_name is not None:
             self.graph.check_name(self._node_name)
 
+    @property
+    def user(self) -> str:
+        """What a claim of the node calls it."""
+        return "a new node" if self._node_name is None else f"node '{self._node_name}'"
+
     async def give_up(self) -> None:
         """Remove the children that were made."""
         await self.graph.remove_unneeded(reversed(self._made))

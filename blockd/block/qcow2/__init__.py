@@ -5,13 +5,14 @@ from blockd.block.qcow2.create import create_image
 from blockd.block.qcow2.driver import Qcow2Driver
 from blockd.block.qcow2.features import CompressionType
 from blockd.block.qcow2.header import Header
-from blockd.block.qcow2.image import open_image, read_header
+from blockd.block.qcow2.image import Image, open_image, read_header
 from blockd.block.qcow2.image_options import ImageOptions, Preallocation
 
 __all__ = [
     "BackingImage",
     "CompressionType",
     "Header",
+    "Image",
     "ImageOptions",
     "Preallocation",
     "Qcow2Driver",

@@ -60,11 +60,14 @@ class Qcow2Driver(Driver):
 
     @property
     def options(self) -> dict[str, Any]:
-        backing = self._image.reader.backing
-        overriding: dict[str, Any] = {}
+        # In QEMU's order.
+        below = {role: node.driver.options for role, node in self.children.items()}
+        options: dict[str, Any] = {}
+        if Role.DATA_FILE in below:
+            options["data-file"] = below[Role.DATA_FILE]
         if self._backing_overridden():
-            overriding["backing"] = None if backing is None else backing.driver.options
-        return {**overriding, "driver": self.name, "file": self._image.file.node.driver.options}
+            options["backing"] = below.get(Role.BACKING)
+        return {**options, "driver": self.name, "file": below[Role.FILE]}
 
     @property
     def found_dirty(self) -> bool:
@@ -116,9 +119,9 @@ class Qcow2Driver(Driver):
 
     async def allocated_bytes(self) -> int:
         image = self._image
-        allocated = await image.file.node.driver.allocated_bytes()
+        allocated = await image.file.node.allocated_bytes()
         if image.data_file is not image.file:
-            allocated += await image.data_file.node.driver.allocated_bytes()
+            allocated += await image.data_file.node.allocated_bytes()
         return allocated
 
     # -- writing -----------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 import trio
 from msgspec import UNSET
 
-from blockd.block import Driver, Node, Role
+from blockd.block import Access, Claim, Driver, Node, Role, of_image_file
 from blockd.block.qcow2 import (
     BackingImage,
     Header,
+    Image,
     Qcow2Driver,
     find_backing,
     open_image,
@@ -32,11 +33,19 @@ from blockd.qmp.types.blockdev import (
 async def open_qcow2(opening: Opening, options: Qcow2Options) -> Driver:
     common = opening.common
     file = await opening.child(Role.FILE, options.file)
+    read_only = common.read_only or (common.auto_read_only and file.read_only)
+    access = of_image_file(Access(), writable=not read_only)
+    # Before the image is repaired, which another node may be writing to.
+    with opening.graph.taken(file, Claim(opening.user, Role.FILE, access)):
+        image = await _open_image(opening, options, file, read_only=read_only)
+        return Qcow2Driver(image, direct=common.direct, flushes=common.flushes, unmap=common.unmap)
+
+
+async def _open_image(
+    opening: Opening, options: Qcow2Options, file: Node, *, read_only: bool
+) -> Image:
     with _could_not_open(file):
         header = await read_header(file)
-    read_only = common.read_only or (common.auto_read_only and file.read_only)
-    if file.read_only and not read_only:
-        raise BlockdError("Block node is read-only")
     if options.lazy_refcounts and header.version < 3:
         raise BlockdError(
             "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level"
@@ -45,15 +54,14 @@ async def open_qcow2(opening: Opening, options: Qcow2Options) -> Driver:
     backing = await _open_backing(opening, options, header, file.driver.filename)
     data_file = await _open_data_file(opening, options, header, file.driver.filename)
     with _could_not_open(file):
-        image = await open_image(
+        return await open_image(
             file,
             header,
             backing=backing,
             data_file=data_file,
             read_only=read_only,
-            discard_freed=common.unmap if discards is None else discards,
+            discard_freed=opening.common.unmap if discards is None else discards,
         )
-    return Qcow2Driver(image, direct=common.direct, flushes=common.flushes, unmap=common.unmap)
 
 
 @contextmanager
