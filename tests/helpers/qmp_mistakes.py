@@ -14,7 +14,7 @@ from msgspec import inspect
 #: JSON of every type, for a member that takes another one.
 _VALUES: list[Any] = [None, True, 5, 1.5, "x", [], {}]
 _NEVER = "no-such-word"
-_UNSIGNED_BITS = {"uint8_t": 8, "uint16_t": 16, "uint32_t": 32, "uint64": 64, "size": 64}
+_UNSIGNED_BITS = {"uint8_t": 8, "uint16_t": 16, "uint32_t": 32, "uint64": 64}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def _wrong_members(kind: inspect.StructType, above: tuple[type, ...]) -> _Wrong:
 def _wrong_values(kind: inspect.Type, above: tuple[type, ...]) -> _Wrong:
     match kind:
         case inspect.Metadata(type=inspect.UnionType() as union):
-            yield from _others(str, dict)
+            null = [type(None)] if any(map(_is_none, union.types)) else []
+            yield from _others(str, dict, *null)
             yield from _wrong_objects(_structs(union), above)
         case inspect.Metadata(type=inspect.IntType(), extra=extra):
             yield from _others(int)
@@ -180,6 +181,9 @@ def _others(*right: type) -> _Wrong:
 def _out_of_range(c_type: str) -> _Wrong:
     if c_type == "int64":
         outside = [-(1 << 63) - 1, 1 << 63, 1 << 64]
+    elif c_type == "size":
+        # A negative one is read, and refused or not by what it is for.
+        outside = [-(1 << 63) - 1, 1 << 64]
     else:
         outside = [-1, -(1 << 63) - 1, 1 << _UNSIGNED_BITS[c_type], 1 << 64]
     for value in outside:
