@@ -168,6 +168,17 @@ class Clusters:
         if not self._given_back:
             await self._given_back_lot.park()
 
+    def leave_out(self, first: int, end: int) -> int:
+        """Settle what is pending of the range, as not wanted after all; how many clusters."""
+        left_out = 0
+        while True:
+            pending, pending_end = self.next_pending(first, end)
+            if pending == pending_end:
+                return left_out
+            self.settled.add_range(pending, pending_end)
+            left_out += pending_end - pending
+            first = pending_end
+
     # -- moving on ---------------------------------------------------------------------------
 
     def claim(self, first: int, end: int, sweep: Sweep | None = None) -> ReadClaim:

@@ -21,6 +21,7 @@ from blockd.backup.point_in_time import PointInTime
 from blockd.backup.source_discard import SourceDiscard
 from blockd.backup.source_map import SourceMap
 from blockd.backup.sweep import Sweep, Swept
+from blockd.backup.top_layer import leave_out_lower_layers
 from blockd.block import Descriptor, Node
 from blockd.job import ErrorAction, IoStatus, Job, OnError, action_on_error
 
@@ -59,6 +60,7 @@ class Copier:
         self._clusters = clusters
         self._on_errors = on_errors
         self._background = plan.sync is not Sync.NONE
+        self._top_only = plan.sync is Sync.TOP
         self._workers = min(plan.max_workers, limits.BACKUP_WORKERS)
         #: Clusters that one copy of the background has at the most.
         self._max_chunk = (
@@ -108,7 +110,7 @@ class Copier:
             self.hook.abandon()
 
     async def _count(self) -> None:
-        """Count what is to be copied, where that takes a walk over the bitmap."""
+        """Count what is to be copied, where that takes a walk over the bitmap, or the source."""
         total = self._clusters.count_at_once()
         if total is None:
             total = 0
@@ -116,6 +118,8 @@ class Copier:
                 total += end - first
                 if counted % limits.BACKUP_SCAN_RUNS == 0:
                     await trio.lowlevel.checkpoint()
+        if self._top_only:
+            total -= await leave_out_lower_layers(self._source, self._clusters)
         self._job.set_total(total << self._clusters.shift)
         self._clusters.set_total(total)
 

@@ -61,9 +61,9 @@ class Feeder:
         if not self._find_pending() or (run := self._map.find(self._at)) is None:
             return None
         first = self._at
-        limit = zero_limit if run.zero else data_limit
+        limit = zero_limit if run.chosen else data_limit
         self._at = min(self._pending_end, run.end, first + limit)
-        return Piece(first, self._at, run.zero)
+        return Piece(first, self._at, run.chosen)
 
     def _find_pending(self) -> bool:
         """Go to the next pending cluster of the run; False where there is none."""

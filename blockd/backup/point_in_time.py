@@ -153,7 +153,7 @@ class PointInTime:
         if run is None:
             await source_map.ask(cluster)
             run = source_map.find(cluster)
-        return run.end if run is not None and run.zero else cluster
+        return run.end if run is not None and run.chosen else cluster
 
     async def _wait_slot(self, deadline: float) -> int | None:
         """A slot; where the target frees none in time, the backup is broken instead."""

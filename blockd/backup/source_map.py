@@ -1,50 +1,68 @@
-"""Where a source is known to be zero, in whole clusters, so that it need not be read."""
+"""What a source's driver knows of it, in whole clusters: such as what need not be read."""
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from blockd import limits
 from blockd.block import Allocation, Node
+from blockd.extent import Extent
 
 
 class Run(NamedTuple):
-    """Clusters up to ``end`` that are all zero, or that may hold data."""
+    """Clusters up to ``end``, all of them chosen or none."""
 
     end: int
-    zero: bool
+    chosen: bool
+
+
+def is_zero(run: Allocation) -> bool:
+    """Chooses what is known to read as zeroes."""
+    return run.zero
 
 
 def by_clusters(
-    allocation: Sequence[Allocation], first: int, cluster_bytes: int, size_bytes: int
+    allocation: Sequence[Allocation],
+    first: int,
+    cluster_bytes: int,
+    size_bytes: int,
+    choose: Callable[[Allocation], bool] = is_zero,
 ) -> Iterator[Run]:
     """The runs from cluster ``first`` on, where ``allocation`` begins, or a little before.
 
-    A cluster that is zero only in part holds data, and so does one about which nothing is said
-    to its end; neighbours that are alike are one run. At least one cluster is told of.
+    A cluster that is chosen only in part is not, nor one about which nothing is said to its end;
+    neighbours that are alike are one run. At least one cluster is told of.
     """
     at = first
-    data_end = first + 1
-    for extent, zero, _ in allocation:
-        if not zero:
-            data_end = max(data_end, -(-extent.end // cluster_bytes))
+    other_end = first + 1
+    for chosen, alike in itertools.groupby(allocation, choose):
+        extent = _whole(alike)
+        if not chosen:
+            other_end = max(other_end, -(-extent.end // cluster_bytes))
             continue
         start = max(-(-extent.offset // cluster_bytes), first)
         at_disk_end = extent.end >= size_bytes
         end = -(-extent.end // cluster_bytes) if at_disk_end else extent.end // cluster_bytes
         if start < end:
             if at < start:
-                yield Run(start, zero=False)
-            yield Run(end, zero=True)
-            at = data_end = end
-    if at < data_end:
-        yield Run(data_end, zero=False)
+                yield Run(start, chosen=False)
+            yield Run(end, chosen=True)
+            at = other_end = end
+    if at < other_end:
+        yield Run(other_end, chosen=False)
+
+
+def _whole(runs: Iterable[Allocation]) -> Extent:
+    first, *others = runs
+    end = others[-1].extent.end if others else first.extent.end
+    return Extent(first.extent.offset, end - first.extent.offset)
 
 
 class SourceMap:
-    """What the source's driver said about one stretch of it.
+    """Where the source is zero, as its driver said about one stretch of it.
 
     It stays right for every cluster that is pending, for nobody has written that one since the
     freeze, and it is used for no other.

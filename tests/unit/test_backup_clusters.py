@@ -178,11 +178,16 @@ DATA, ZERO = False, True
             [(1, DATA), (2, ZERO)],
             id="zero runs in a row",
         ),
+        pytest.param(
+            [(1024, DATA), (24, ZERO), (1000, ZERO), (1000, DATA)],
+            [(1, DATA), (2, ZERO), (3, DATA)],
+            id="zero runs that make up a cluster",
+        ),
         pytest.param([(SIZE - 100, DATA), (100, ZERO)], [(21, DATA)], id="small hole at the end"),
         pytest.param([(20480, DATA), (512, ZERO)], [(20, DATA), (21, ZERO)], id="partial cluster"),
     ],
 )
 def test_allocation_in_clusters(said: list[tuple[int, bool]], runs: list[tuple[int, bool]]) -> None:
     assert list(by_clusters(allocation(*said), 0, CLUSTER, SIZE)) == [
-        Run(end, zero=zero) for end, zero in runs
+        Run(end, chosen=zero) for end, zero in runs
     ]
