@@ -46,6 +46,8 @@ class Graph:
         #: What each node stands on, by role, with its claim there.
         self._below: dict[Node, dict[Role, tuple[Node, Claim]]] = {}
         self._holds: list[Hold] = []
+        #: Nodes that lost their last user, who was all that they were there for.
+        self._left: list[Node] = []
         self._made = 0
 
     def __iter__(self) -> Iterator[Node]:
@@ -81,6 +83,13 @@ class Graph:
         """The node called ``name``, if there is one that commands may use."""
         node = self._nodes.get(name)
         return None if node in self._hidden else node
+
+    def hide(self, node: Node) -> None:
+        """Let commands not find ``node``, until ``show``."""
+        self._hidden.add(node)
+
+    def show(self, node: Node) -> None:
+        self._hidden.discard(node)
 
     def check_name(self, name: str) -> None:
         """Raise ``BlockdError`` unless a new node may be called ``name``."""
@@ -269,6 +278,15 @@ class Graph:
     def _drop(self, hold: Hold) -> None:
         self._holds.remove(hold)
         settle(self._below)
+        if hold.node not in self._owned and hold.node not in self._hidden:
+            self._left.append(hold.node)
+
+    async def remove_left(self) -> None:
+        """Remove the nodes that nobody named and nobody uses any more."""
+        while self._left:
+            node = self._left.pop()
+            if not node.users and self._nodes.get(node.name) is node:
+                await self.remove(node)
 
     # -- other nodes in the place of some ------------------------------------------------------
 

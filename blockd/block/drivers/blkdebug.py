@@ -82,6 +82,11 @@ class BlkdebugDriver(Filter):
             options |= _told(f"set-state.{number}", transition)
         return options
 
+    def child_changed(self) -> None:
+        super().child_changed()
+        # They are looked at here, whatever becomes of them below.
+        self.ignores_discards = False
+
     def describe(self) -> str:
         below = self.child.driver
         if len(self.own_options()) == 1 and "filename" in below.options:

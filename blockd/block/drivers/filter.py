@@ -40,6 +40,7 @@ class Filter(Driver):
         self.identity = below.identity
         self.direct = below.direct
         self.flushes = below.flushes
+        self.ignores_discards = below.ignores_discards
         self.filename = self.describe()
 
     def describe(self) -> str:

@@ -7,6 +7,7 @@ from blockd.block.qcow2.features import CompressionType
 from blockd.block.qcow2.header import Header
 from blockd.block.qcow2.image import Image, open_image, read_header
 from blockd.block.qcow2.image_options import ImageOptions, Preallocation
+from blockd.block.qcow2.layout import plan_image
 
 __all__ = [
     "BackingImage",
@@ -20,5 +21,6 @@ __all__ = [
     "create_image",
     "find_backing",
     "open_image",
+    "plan_image",
     "read_header",
 ]

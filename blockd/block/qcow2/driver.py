@@ -40,7 +40,7 @@ class Qcow2Driver(Driver):
         self.cluster_size_bytes = image.header.cluster_size_bytes
         self.direct = direct
         self.flushes = flushes
-        self._unmap = unmap
+        self.ignores_discards = not unmap
         self._broken = False
         self.child_changed()
 
@@ -145,10 +145,12 @@ class Qcow2Driver(Driver):
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         async with self._changing() as changes:
-            await changes.zeroer.write_zeroes(offset, length, unmap=unmap and self._unmap)
+            await changes.zeroer.write_zeroes(
+                offset, length, unmap=unmap and not self.ignores_discards
+            )
 
     async def discard(self, offset: int, length: int) -> None:
-        if not self._unmap:
+        if self.ignores_discards:
             return
         async with self._changing() as changes:
             await changes.zeroer.discard(offset, length)

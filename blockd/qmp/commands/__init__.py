@@ -60,6 +60,7 @@ COMMANDS = [
     Command.of(create_types.BlockdevCreate, create.blockdev_create),
     Command.of(block_types.BlockResize, block.block_resize),
     Command.of(snapshot_types.BlockdevSnapshot, snapshot.blockdev_snapshot),
+    Command.of(snapshot_types.BlockdevSnapshotSync, snapshot.blockdev_snapshot_sync),
     Command.of(block_types.BlockSetWriteThreshold, block.block_set_write_threshold),
     Command.of(block_types.QueryBlock, block.query_block),
     Command.of(block_types.QueryBlockstats, stats.query_blockstats),

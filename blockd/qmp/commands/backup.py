@@ -87,6 +87,7 @@ class _BackUp(Action):
     async def _release(self) -> None:
         self._holds.close()
         await self._made.aclose()
+        await self._services.graph.remove_left()
 
     def _make_job(self, source: Node, target: Target) -> BackupJob:
         arguments = self._arguments

@@ -39,6 +39,7 @@ def _address(declared: InetAddress | UnixAddress) -> listener.UnixAddress | list
 
 async def nbd_server_stop(services: Services, _arguments: NbdServerStop) -> None:
     await services.nbd.stop()
+    await services.graph.remove_left()
 
 
 async def block_export_add(services: Services, arguments: NbdExport) -> None:
@@ -87,10 +88,12 @@ async def nbd_server_add(services: Services, arguments: NbdServerAdd) -> None:
 
 async def nbd_server_remove(services: Services, arguments: NbdServerRemove) -> None:
     await services.nbd.remove(arguments.name, hard=arguments.mode == "hard")
+    await services.graph.remove_left()
 
 
 async def block_export_del(services: Services, arguments: BlockExportDel) -> None:
     await services.nbd.remove(arguments.id, hard=arguments.mode == "hard")
+    await services.graph.remove_left()
 
 
 def query_block_exports(services: Services, _arguments: QueryBlockExports) -> list[dict[str, Any]]:

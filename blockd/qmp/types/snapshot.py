@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from blockd.qmp.types.base import Command
 
@@ -19,3 +19,22 @@ class BlockdevSnapshot(Command, kw_only=True):
 
     node: str
     overlay: str
+
+
+class BlockdevSnapshotSync(Command, kw_only=True):
+    """Put an overlay in a file on a node, as ``blockdev-snapshot`` does it.
+
+    ``snapshot-node-name``: what the overlay is to be called. It goes when nobody uses it any more.
+    ``mode``: make the overlay, an image of the node's size in whatever the file was before; or
+    open one that is there, whatever its header says of a backing file. ``device``: not of use
+    here, as there are no devices.
+    """
+
+    command: ClassVar[str] = "blockdev-snapshot-sync"
+
+    device: str | None = None
+    node_name: str | None = None
+    snapshot_file: str
+    snapshot_node_name: str | None = None
+    format: str = "qcow2"
+    mode: Literal["absolute-paths", "existing"] = "absolute-paths"

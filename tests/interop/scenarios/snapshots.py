@@ -11,6 +11,7 @@ from tests.helpers.scenario import (
     Both,
     Connect,
     Content,
+    Differs,
     Do,
     Reads,
     Scenario,
@@ -28,6 +29,7 @@ from tests.interop.words import (
     export,
     file,
     node,
+    refused,
     server,
     unexport,
 )
@@ -55,6 +57,17 @@ def opened(name: str, **options: Any) -> Do:
 
 def snapshot(below: str, overlay: str) -> Do:
     return do("blockdev-snapshot", node=below, overlay=overlay)
+
+
+def sync(below: str = "n", overlay: str | None = "s", **options: Any) -> Do:
+    """An overlay in s.q."""
+    own = {"snapshot_file": "DIR/s.q", "node_name": below, **options}
+    if overlay is not None:
+        own["snapshot_node_name"] = overlay
+    return do("blockdev-snapshot-sync", **own)
+
+
+TAKEN = "Failed to get \"write\" lock: is another process or node using 'DIR/q.q'?"
 
 
 def without_guest(identifier: str) -> Step:
@@ -195,6 +208,101 @@ SCENARIOS = [
             Reads("n"),
             Content("t.img"),
             Content("n.img"),
+        ],
+    ),
+    Scenario(
+        "snapshot-sync-live",
+        [
+            *LIVE,
+            Write("n", 0, 100),
+            sync(),
+            NODES,
+            EXPORTS,
+            Write("n", MIB - 5, 10),
+            Reads("n"),
+            Content("n.img"),
+            sync("s", "s2", snapshot_file="DIR/s2.q"),
+            Write("n", 2 * MIB, 10),
+            NODES,
+            Reads("n"),
+            delete("s2"),
+            without_guest("e"),
+            NODES,
+            delete("n"),
+        ],
+    ),
+    Scenario(
+        "snapshot-sync-existing",
+        [
+            *LIVE,
+            *image_file("q"),
+            sync(snapshot_file="DIR/q.q", mode="existing"),
+            NODES,
+            Write("n", 0, 100),
+            Reads("n"),
+            *created(driver="file", filename="DIR/r.q", size=0),
+            *created(
+                driver="qcow2",
+                file=file("r.q"),
+                size=3 * MIB,
+                backing_file="DIR/q.q",
+                backing_fmt="qcow2",
+            ),
+            sync("s", "s2", snapshot_file="DIR/r.q", mode="existing"),
+            NODES,
+        ],
+    ),
+    Scenario(
+        "snapshot-sync-without-users",
+        [node("n"), sync(), NODES, delete("n"), Content("n.img")],
+    ),
+    Scenario(
+        "snapshot-sync-opens-it-as-the-node",
+        [
+            node("n", cache={"no-flush": True}),
+            server(),
+            export("e"),
+            sync(),
+            NODES,
+            node("m", read_only=True),
+            export("r", "m"),
+            sync("m", "s2", snapshot_file="DIR/s2.q"),
+            NODES,
+            export("w", "s2", writable=True),
+        ],
+    ),
+    Scenario(
+        "snapshot-sync-refusals",
+        [
+            *LIVE,
+            node("t"),
+            do("blockdev-snapshot-sync"),
+            do("blockdev-snapshot-sync", snapshot_file="DIR/s.q"),
+            do("blockdev-snapshot-sync", device="no", snapshot_file="DIR/s.q"),
+            do("blockdev-snapshot-sync", device="n", snapshot_file="DIR/s.q"),
+            sync("no", device="n"),
+            sync(overlay=None),
+            sync(overlay=None, format="wat"),
+            sync(overlay="t", format="wat"),
+            sync(mode="wat"),
+            *[sync(format=kind) for kind in ("wat", "", "raw", "file")],
+            *[sync(format=kind, mode="existing") for kind in ("wat", "")],
+            *[sync(snapshot_file=name) for name in ("", "DIR/none/x", "DIR", "wat:x", "DIR/n.img")],
+            *[
+                sync(snapshot_file=name, mode="existing")
+                for name in ("", "DIR/none/x", "DIR", "DIR/u.img")
+            ],
+            sync(snapshot_file="DIR/small.img", mode="existing", format="raw"),
+            *[Content(name) for name in ("n.img", "s.q", "none", "small.img")],
+            *image("q"),
+            Differs(sync(snapshot_file="DIR/q.q"), "ours names the file", refused(TAKEN)),
+            Differs(
+                sync(snapshot_file="DIR/q.q", mode="existing"),
+                "ours names the file",
+                refused(TAKEN),
+            ),
+            sync(),
+            sync(overlay="again"),
         ],
     ),
     Scenario(
