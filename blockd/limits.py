@@ -52,8 +52,8 @@ QCOW2_BITMAPS = 65535
 QCOW2_BITMAP_DIRECTORY_BYTES = 1024 * QCOW2_BITMAPS
 #: The table of one bitmap, which names the clusters that hold its bits.
 QCOW2_BITMAP_TABLE_BYTES = 64 * MIB
-#: Images of a backing chain that are opened by the names in them.
-QCOW2_CHAIN_IMAGES = 200
+#: Images of a backing chain that are opened by the names in them: no fewer than ``NODE_LEVELS``.
+QCOW2_CHAIN_IMAGES = 120
 #: L2 tables and refcount blocks in memory: as QEMU's default, enough for 256 GiB of a disk by
 #: 64 KiB clusters; each kind has at least a few, however large they are.
 QCOW2_L2_CACHE_BYTES = 32 * MIB
@@ -146,6 +146,9 @@ NBD_OPTIONS_LIMIT = 4096
 
 #: A node's size: the largest that QEMU takes, 2 ** 63 rounded down to its largest alignment.
 NODE_BYTES = (1 << 63) - GIB
+#: Nodes on top of each other. A request goes through all of them, by some five calls in each, and
+#: Python takes a thousand calls inside each other.
+NODE_LEVELS = 120
 #: Bytes in a node's name (QEMU's limit).
 NODE_NAME_BYTES = 31
 #: A node's size, so that an offset can be aligned upward within 63 bits (QEMU's limit).

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from graphlib import TopologicalSorter
 
+from blockd import limits
 from blockd.block.holds import Hold
 from blockd.block.node import Node
 from blockd.block.permissions import Access, Claim, Perm, Role
@@ -46,17 +47,23 @@ def in_order_of_waits(below: Below, holds: Iterable[Hold]) -> Iterable[Node]:
 def settle(below: Below) -> None:
     """Give the claim of each node on another what its own users make it need, and share.
 
-    Raises ``BlockdError`` where two users of a node conflict; then no claim is changed.
+    Raises ``BlockdError`` where two users of a node conflict, or too many nodes stand on each
+    other; then no claim is changed.
     """
     accesses: dict[Claim, Access] = {}
+    levels: dict[Node, int] = {}
     for node in from_the_top(below):
+        level = levels.setdefault(node, 1)
+        if level > limits.NODE_LEVELS:
+            raise BlockdError(f"More than {limits.NODE_LEVELS} nodes would stand on each other")
         accesses = {claim: claim.access for claim in node.users} | accesses
         total = node.users.check(accesses)
         if Perm.WRITE in total.needs and node.read_only:
             raise BlockdError("Block node is read-only")
         if any(claim.alone for claim in node.users):
             total = total._replace(shares=Perm.NONE)
-        for role, (_, claim) in below[node].items():
+        for role, (child, claim) in below[node].items():
             accesses[claim] = node.driver.child_access(role, total)
+            levels[child] = max(levels.get(child, 1), level + 1)
     for claim, access in accesses.items():
         claim.access = access

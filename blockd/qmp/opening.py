@@ -12,6 +12,7 @@ from typing import Any
 
 import trio
 
+from blockd import limits
 from blockd.block import Driver, Graph, Node, Role
 from blockd.errors import BlockdError
 from blockd.qmp.types.blockdev import CacheOptions, NodeOptions
@@ -58,12 +59,19 @@ class Opening:
     """A node that is being opened, as its driver's opener sees it."""
 
     def __init__(
-        self, openers: Openers, graph: Graph, node_name: str | None, common: Common
+        self,
+        openers: Openers,
+        graph: Graph,
+        node_name: str | None,
+        common: Common,
+        above: int = 0,
     ) -> None:
+        """``above``: how many nodes are being made that stand on this one."""
         self.common = common
         self.graph = graph
         self._node_name = node_name
         self._openers = openers
+        self._above = above
         self._made: list[Node] = []
 
     async def child(self, role: Role, reference: str | NodeOptions) -> Node:
@@ -77,8 +85,13 @@ class Opening:
                 # QEMU looks at a node's name when it has the node's file.
                 self.check_name()
             return node
-        common = self.common.inherited(role)
-        node = await open_node(self._openers, self.graph, reference, common, owned=False)
+        common, above = self.common.inherited(role), self._above + 1
+        if above >= limits.NODE_LEVELS:
+            # Such as images that name each other as their backing files.
+            raise BlockdError(f"More than {limits.NODE_LEVELS} nodes would stand on each other")
+        node = await open_node(
+            self._openers, self.graph, reference, common, owned=False, above=above
+        )
         self._made.append(node)
         return node
 
@@ -105,13 +118,21 @@ Openers = Mapping[type[NodeOptions], Opener]
 
 
 async def open_node(
-    openers: Openers, graph: Graph, options: NodeOptions, inherited: Common = ROOT, *, owned: bool
+    openers: Openers,
+    graph: Graph,
+    options: NodeOptions,
+    inherited: Common = ROOT,
+    *,
+    owned: bool,
+    above: int = 0,
 ) -> Node:
     """Open what ``options`` describes, and put it into the graph with all that it stands on.
 
+    ``above``: how many nodes are being made that stand on this one.
+
     Raises ``BlockdError``; then the graph is as it was.
     """
-    opening = Opening(openers, graph, options.node_name, inherited.overridden(options))
+    opening = Opening(openers, graph, options.node_name, inherited.overridden(options), above)
     if getattr(options, "filename", None) == "":
         name = type(options).__struct_config__.tag
         raise BlockdError(f"The '{name}' block driver requires a file name")

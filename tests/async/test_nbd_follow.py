@@ -127,6 +127,24 @@ async def test_a_write_waits_until_its_node_is_there(rig: Rig) -> None:
     assert overlay.held == {1, 2}
 
 
+async def test_a_write_that_waited_goes_to_the_old_node_after_all(rig: Rig) -> None:
+    driver = WatchedDriver(DISK_BYTES)
+    node = rig.node("disk", driver)
+    rig.export(node)
+    client = await rig.raw()
+    overlay = MemoryOverlay(DISK_BYTES, None)
+    top = rig.graph.add("overlay", overlay, owned=True)
+    async with rig.graph.quiesced([node]):
+        await client.request(Call(Cmd.WRITE, 0, data=b"data"))
+        await wait_all_tasks_blocked()
+        undo = rig.graph.put_over(top, node)
+        assert await client.read(0, 4) == bytes(4)
+        undo()
+    assert await client.reply() == (1, 0)
+    assert driver.data[:4] == b"data"
+    assert not overlay.held
+
+
 async def test_a_large_write_goes_on_in_the_new_node(rig: Rig) -> None:
     """Its first part is in the old one, and is seen through the new one."""
     driver = WatchedDriver(DISK_BYTES)

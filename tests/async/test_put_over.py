@@ -8,6 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from blockd import limits
 from blockd.block import CopyOnReadDriver, Gate, Graph, Node, RawDriver, Role
 from blockd.errors import BlockdError
 from tests.helpers.memory_driver import MemoryDriver
@@ -169,6 +170,19 @@ async def test_a_chain_grows_under_its_users(graph: Graph) -> None:
     view = memoryview(bytearray(SIZE))
     await guest.node.read(0, view)
     assert bytes(view).split(b"\0" * 14)[:30] == [b"%02d" % number for number in range(30)]
+
+
+async def test_a_chain_grows_as_long_as_it_can_be_read(graph: Graph) -> None:
+    top = add(graph, "disk")
+    for number in range(limits.NODE_LEVELS - 1):
+        overlay = add_overlay(graph, f"o{number}")
+        async with graph.quiesced([top]):
+            graph.put_over(overlay, top)
+        top = overlay
+    message = await refusal(graph, add_overlay(graph), top)
+    assert message == f"More than {limits.NODE_LEVELS} nodes would stand on each other"
+    await top.read(0, memoryview(bytearray(SIZE)))
+    await top.write(5, memoryview(b"x"))
 
 
 async def test_undoing_gives_everybody_back_what_he_had(graph: Graph) -> None:

@@ -145,6 +145,68 @@ def test_an_overlay_names_its_backing_file_so_that_it_is_found(
     qemu_img("compare", overlay, disk.replace("DIR", str(tmp_path)))
 
 
+def test_a_chain_is_opened_again_that_no_header_told_of(qmp: QmpClient, directory: Path) -> None:
+    """The second overlay names the first one with all that that one stands on."""
+    qemu_img("create", "-f", "qcow2", directory / "o.q", "4M")
+    file = {"driver": "file", "filename": str(directory / "o.q")}
+    qmp.execute("blockdev-add", {"driver": "qcow2", "node-name": "o", "file": file})
+    qmp.execute("blockdev-snapshot", {"node": "disk", "overlay": "o"})
+    with NbdClient.open(str(directory / "nbd.sock"), "d") as guest:
+        guest.write(5, b"one")
+        sync(qmp, "o", "p", directory / "p.q")
+        guest.write(70_000, b"two")
+        seen = guest.read(0, DISK_BYTES)
+    qmp.execute("block-export-del", {"id": "e", "mode": "hard"})
+    for name in ("o", "disk"):
+        qmp.execute("blockdev-del", {"node-name": name})
+    qemu_img("convert", "-O", "raw", directory / "p.q", directory / "restored.img")
+    assert (directory / "restored.img").read_bytes() == seen
+    file = {"driver": "file", "filename": str(directory / "p.q")}
+    qmp.execute("blockdev-add", {"driver": "qcow2", "node-name": "p", "file": file})
+    export = {"type": "nbd", "id": "p", "node-name": "p"}
+    qmp.execute("block-export-add", export)
+    with NbdClient.open(str(directory / "nbd.sock"), "p") as guest:
+        assert guest.read(0, DISK_BYTES) == seen
+    (top,) = (each for each in named_nodes(qmp) if each["node-name"] == "p")
+    assert top["backing_file_depth"] == 2
+    assert top["file"] == str(directory / "p.q")
+
+
+def named_nodes(qmp: QmpClient) -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = qmp.execute("query-named-block-nodes")
+    return nodes
+
+
+BAD_NAMES = {
+    "itself": (
+        'json:{"driver": "qcow2", "file.driver": "file", "file.filename": "DIR/a.q"}',
+        "GenericError: Could not open backing file: More than 120 nodes would stand",
+    ),
+    "no json": ("json:{", "Could not parse the JSON options"),
+    "no object": ("json:3", "Could not parse the JSON options"),
+    "no driver": ('json:{"file.filename": "DIR/a.q"}', "Parameter 'driver' is missing"),
+    "another's option": (
+        'json:{"driver": "file", "filename": "DIR/disk.img", "x": 1}',
+        "Parameter 'x' is unexpected",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "message"), BAD_NAMES.values(), ids=BAD_NAMES)
+def test_a_bad_name_of_a_backing_file_is_told(
+    qmp: QmpClient, directory: Path, name: str, message: str
+) -> None:
+    named = name.replace("DIR", str(directory))
+    image = directory / "a.q"
+    qemu_img("create", "-f", "qcow2", image, "4M")
+    qemu_img("rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", named, image)
+    file = {"driver": "file", "filename": str(image)}
+    nodes = named_nodes(qmp)
+    with pytest.raises(QmpError, match=message):
+        qmp.execute("blockdev-add", {"driver": "qcow2", "node-name": "a", "file": file})
+    assert named_nodes(qmp) == nodes
+
+
 # --- files that are somebody's data -----------------------------------------------------------
 
 
@@ -235,3 +297,73 @@ def test_an_overlay_that_is_refused_after_all_is_closed(qmp: QmpClient, director
     for _ in range(2):
         refused(qmp, directory, directory / "small.q", "is smaller", mode="existing")
     sync(qmp, "disk", "o", directory / "o.q")
+
+
+# --- in transactions --------------------------------------------------------------------------
+
+
+def action(kind: str, **data: Any) -> dict[str, Any]:
+    return {"type": kind, "data": {name.replace("_", "-"): value for name, value in data.items()}}
+
+
+def sync_action(node: str, overlay: str, file: Path, **more: Any) -> dict[str, Any]:
+    names = {"node_name": node, "snapshot_node_name": overlay, "snapshot_file": str(file)}
+    return action("blockdev-snapshot-sync", **names, **more)
+
+
+def add_bitmap(node: str) -> dict[str, Any]:
+    return action("block-dirty-bitmap-add", node=node, name="b")
+
+
+def test_a_transaction_that_is_refused_puts_back_what_was_there(
+    qmp: QmpClient, directory: Path
+) -> None:
+    (directory / "o.q").write_bytes(OTHER)
+    before, nodes = listing(directory), qmp.execute("query-named-block-nodes")
+    actions = [sync_action("disk", "o", directory / "o.q"), add_bitmap("o"), add_bitmap("nobody")]
+    with pytest.raises(QmpError, match="nobody"):
+        qmp.execute("transaction", {"actions": actions})
+    assert listing(directory) == before
+    assert qmp.execute("query-named-block-nodes") == nodes
+    qmp.execute("transaction", {"actions": actions[:2]})
+    assert qmp.execute("query-block-exports")[0]["node-name"] == "o"
+
+
+def test_a_dry_run_makes_no_file(qmp: QmpClient, directory: Path) -> None:
+    (directory / "there.q").write_bytes(OTHER)
+    qemu_img("create", "-f", "qcow2", directory / "image.q", "4M")
+    before, nodes = listing(directory), qmp.execute("query-named-block-nodes")
+    for name, more in (
+        ("new.q", {}),
+        ("there.q", {}),
+        ("image.q", {"mode": "existing"}),
+    ):
+        actions = [
+            sync_action("disk", "o", directory / name, **more),
+            add_bitmap("o"),
+            sync_action("disk", "p", directory / "p.q"),
+            sync_action("disk", "q", directory / "q.q", format="wat"),
+        ]
+        answer = qmp.execute("transaction", {"actions": actions, "dry-run": True})
+        errors = [each.get("error", {}).get("desc") for each in answer["actions"]]
+        assert errors[:2] == [None, None]
+        assert errors[2] == "Node 'disk' is busy: node is used as backing hd of 'o'"
+        assert errors[3] == errors[2]
+    assert listing(directory) == before
+    assert qmp.execute("query-named-block-nodes") == nodes
+
+
+def test_headers_are_true_of_chains_made_at_one_instant(qmp: QmpClient, directory: Path) -> None:
+    """An overlay's header is written before what it stands on is settled, so that is refused."""
+    qemu_img("create", "-f", "qcow2", directory / "o.q", "4M")
+    file = {"driver": "file", "filename": str(directory / "o.q")}
+    qmp.execute("blockdev-add", {"driver": "qcow2", "node-name": "o", "file": file})
+    put = action("blockdev-snapshot", node="disk", overlay="o")
+    files = [directory / "p.q", directory / "q.q"]
+    for first, second, message in (
+        (put, sync_action("o", "p", files[0]), "was put on another"),
+        (sync_action("disk", "p", files[0]), sync_action("p", "q", files[1]), "was made by this"),
+    ):
+        with pytest.raises(QmpError, match=message):
+            qmp.execute("transaction", {"actions": [first, second]})
+        assert not any(each.exists() for each in files)

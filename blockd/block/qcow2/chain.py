@@ -14,7 +14,10 @@ from blockd.errors import BlockdError
 
 @dataclass(frozen=True, slots=True)
 class BackingImage:
-    """One backing file, by its path and the format that the image above gives it."""
+    """One backing file, by its path and the format that the image above gives it.
+
+    The last of a chain may be one of format "json", which begins another chain.
+    """
 
     filename: str
     format: str
@@ -22,7 +25,12 @@ class BackingImage:
 
 
 def backing_path(filename: str, name: str) -> str:
-    """Where an image at ``filename`` finds the backing file that it calls ``name``."""
+    """Where an image at ``filename`` finds the backing file that it calls ``name``.
+
+    A name that begins with "json:" has the options of a node instead of a path, and is left so.
+    """
+    if name.startswith("json:"):
+        return name
     name = name.removeprefix("file:")
     return os.path.join(os.path.dirname(filename), name)
 
@@ -39,6 +47,9 @@ def find_backing(filename: str, header: Header) -> list[BackingImage]:
             raise BlockdError(f"The backing chain of '{filename}' is too long")
         above = chain[-1].filename if chain else filename
         path = backing_path(above, header.backing_file)
+        if path.startswith("json:"):
+            chain.append(BackingImage(path, "json", is_device=False))
+            break
         if (real := os.path.realpath(path)) in seen:
             raise BlockdError(f"Backing file '{path}' creates an infinite loop.")
         seen.add(real)

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import trio
 
 from blockd.block import FileDriver, Graph, NewFile, Node, create_file, is_block_device
-from blockd.block.qcow2 import ImageOptions, create_image, plan_image
+from blockd.block.qcow2 import (
+    ImageOptions,
+    Qcow2Driver,
+    create_image,
+    open_image,
+    plan_image,
+    read_header,
+)
 from blockd.errors import BlockdError
 from blockd.qmp.commands.openers import OPENERS
 from blockd.qmp.opening import Common, open_node
@@ -65,6 +72,37 @@ async def open_overlay(graph: Graph, arguments: BlockdevSnapshotSync, below: Nod
         await made.undo()
 
     return OverlayFile(node, made.keep, remove)
+
+
+async def rehearse_overlay(
+    graph: Graph, arguments: BlockdevSnapshotSync, below: Node
+) -> OverlayFile:
+    """As ``open_overlay``, but an image in memory stands in, so that no file is made or changed.
+
+    What only the file can say is not found out.
+    """
+    name = arguments.snapshot_file.removeprefix("file:")
+    if arguments.snapshot_node_name is not None:
+        graph.check_name(arguments.snapshot_node_name)
+    options = ImageOptions(below.size_bytes)
+    if arguments.mode == "absolute-paths":
+        plan_image(_image_options(arguments, name, below))
+    elif not isinstance(_options(arguments.format, FileOptions(filename=name), None), Qcow2Options):
+        raise BlockdError("The overlay does not support backing images")
+    driver = FileDriver(
+        os.memfd_create("rehearsal"), filename=name, read_only=False, unmap=True, flushes=True
+    )
+    file = graph.add(None, driver, owned=False, hidden=True)
+    try:
+        await create_image(file, options)
+        image = await open_image(file, await read_header(file), read_only=below.read_only)
+        overlay = Qcow2Driver(image, direct=False, flushes=True, unmap=True)
+        node = graph.add(arguments.snapshot_node_name, overlay, owned=False, hidden=True)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await graph.remove(file)
+        raise
+    return OverlayFile(node, trio.lowlevel.checkpoint, lambda: graph.remove(node))
 
 
 async def _open(graph: Graph, arguments: BlockdevSnapshotSync, name: str, below: Node) -> Node:

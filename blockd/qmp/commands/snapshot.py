@@ -1,78 +1,163 @@
-"""blockdev-snapshot and blockdev-snapshot-sync."""
+"""blockdev-snapshot and blockdev-snapshot-sync: each alone, or with others in a transaction."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Iterable
 
-import trio
-
-from blockd.block import Graph, Node, Role
+from blockd.block import Node, Role
 from blockd.errors import BlockdError
-from blockd.qmp.commands.overlay_file import open_overlay
+from blockd.qmp.commands.action import Action, Change, carry_out
+from blockd.qmp.commands.overlay_file import OverlayFile, open_overlay, rehearse_overlay
 from blockd.qmp.services import Services
 from blockd.qmp.types.snapshot import BlockdevSnapshot, BlockdevSnapshotSync
 
 
 async def blockdev_snapshot(services: Services, arguments: BlockdevSnapshot) -> None:
-    graph = services.graph
-    node = _find_node(graph, arguments.node, device=arguments.node)
-    await _flush(node)
-    async with graph.quiesced([node]):
-        overlay = graph.get(arguments.overlay, device=arguments.overlay)
-        _put_over(graph, overlay, node)
-    await graph.retire(node)
+    await carry_out(services, [SnapshotToNode(services, arguments)])
 
 
 async def blockdev_snapshot_sync(services: Services, arguments: BlockdevSnapshotSync) -> None:
-    graph = services.graph
-    node = _find_node(graph, arguments.node_name or "", device=arguments.device or "")
-    await _flush(node)
-    _check_overlay_name(graph, arguments)
-    made = await open_overlay(graph, arguments, node)
-    try:
-        async with graph.quiesced([node]):
-            _put_over(graph, made.node, node)
-            graph.show(made.node)
-    except BaseException:
-        with trio.CancelScope(shield=True):
-            await made.remove()
-        raise
-    await made.keep()
-    await graph.retire(node)
-    if not made.node.users:
-        # It was made for those who follow, and nobody does.
-        await graph.remove(made.node)
+    await carry_out(services, [SnapshotToFile(services, arguments)])
 
 
-def _find_node(graph: Graph, name: str, *, device: str) -> Node:
-    node = graph.get(name, device=device)
-    node.users.check_not_busy(Role.TARGET, Role.BACKING)
-    return node
+class _Snapshot(Action):
+    """Put an overlay on a node. What is refused is told in QEMU's order."""
+
+    groupable = False
+
+    def __init__(self, services: Services, name: str, device: str) -> None:
+        self._services = services
+        self._graph = services.graph
+        self._name = name
+        self._device = device
+        #: The node as it was found first, and how it was called in headers then.
+        self._staged: Node | None = None
+        self._filename = ""
+        self._flushed = True
+
+    async def stage(self) -> None:
+        self._staged = self._graph.find(self._name)
+        if self._staged is None:
+            return
+        self._filename = self._staged.driver.filename
+        if self._staged.read_only:
+            return
+        try:
+            # So that little is left to be made durable when guests wait.
+            await self._staged.flush()
+        except OSError:
+            self._flushed = False
+
+    @abstractmethod
+    def _find_overlay(self) -> Node:
+        """Raises ``BlockdError``."""
+
+    def nodes(self) -> Iterable[Node]:
+        return () if self._staged is None else (self._staged,)
+
+    def take_effect(self) -> Change:
+        node = self._graph.get(self._name, device=self._device)
+        node.users.check_not_busy(Role.TARGET, Role.BACKING)
+        if node is not self._staged:
+            raise BlockdError(
+                f"Node '{node.name}' was made by this transaction: put an overlay on it in another"
+            )
+        if not self._flushed:
+            raise BlockdError("IO error has occurred")
+        overlay = self._find_overlay()
+        _check_overlay(overlay)
+        return Change(undo=self._graph.put_over(overlay, node))
+
+    async def settle(self, *, committed: bool) -> None:
+        if committed and self._staged is not None:
+            await self._graph.retire(self._staged)
 
 
-async def _flush(node: Node) -> None:
-    """So that little is left to be made durable when guests wait."""
-    if node.read_only:
-        return
-    try:
-        await node.flush()
-    except OSError:
-        raise BlockdError("IO error has occurred") from None
+class SnapshotToNode(_Snapshot):
+    """blockdev-snapshot."""
+
+    def __init__(self, services: Services, arguments: BlockdevSnapshot) -> None:
+        super().__init__(services, arguments.node, arguments.node)
+        self._overlay_name = arguments.overlay
+
+    def nodes(self) -> Iterable[Node]:
+        overlay = self._graph.find(self._overlay_name)
+        return (*super().nodes(), *(() if overlay is None else (overlay,)))
+
+    def _find_overlay(self) -> Node:
+        return self._graph.get(self._overlay_name, device=self._overlay_name)
 
 
-def _check_overlay_name(graph: Graph, arguments: BlockdevSnapshotSync) -> None:
-    name = arguments.snapshot_node_name
-    if arguments.node_name is not None and name is None:
-        raise BlockdError("New overlay node-name missing")
-    if any(node.name == name for node in graph):
-        raise BlockdError("New overlay node-name already in use")
+class SnapshotToFile(_Snapshot):
+    """blockdev-snapshot-sync."""
+
+    def __init__(self, services: Services, arguments: BlockdevSnapshotSync) -> None:
+        super().__init__(services, arguments.node_name or "", arguments.device or "")
+        self._arguments = arguments
+        self._overlay: OverlayFile | None = None
+        self._refusal: BlockdError | None = None
+
+    async def stage(self) -> None:
+        await super().stage()
+        if self._staged is None or not self._flushed:
+            return
+        try:
+            self._staged.users.check_not_busy(Role.TARGET, Role.BACKING)
+            self._check_overlay_name()
+            make = rehearse_overlay if self._services.rehearsing else open_overlay
+            self._overlay = await make(self._graph, self._arguments, self._staged)
+        except BlockdError as error:
+            self._refusal = error
+
+    def _find_overlay(self) -> Node:
+        self._check_overlay_name()
+        if self._refusal is not None:
+            raise self._refusal
+        if self._staged is not None and self._staged.driver.filename != self._filename:
+            # The overlay's header says something else.
+            raise BlockdError(
+                f"Node '{self._staged.name}' was put on another by this transaction: "
+                "put an overlay in a file on it in another"
+            )
+        assert self._overlay is not None, "the node was there, so the overlay was opened"
+        return self._overlay.node
+
+    def _check_overlay_name(self) -> None:
+        name = self._arguments.snapshot_node_name
+        if self._arguments.node_name is not None and name is None:
+            raise BlockdError("New overlay node-name missing")
+        own = None if self._overlay is None else self._overlay.node
+        if any(node.name == name and node is not own for node in self._graph):
+            raise BlockdError("New overlay node-name already in use")
+
+    def take_effect(self) -> Change:
+        change = super().take_effect()
+        assert self._overlay is not None
+        overlay = self._overlay.node
+        self._graph.show(overlay)
+
+        def undo() -> None:
+            self._graph.hide(overlay)
+            change.undo()
+
+        return Change(undo)
+
+    async def settle(self, *, committed: bool) -> None:
+        if self._overlay is None:
+            return
+        if not committed:
+            await self._overlay.remove()
+            return
+        await self._overlay.keep()
+        await super().settle(committed=True)
+        if not self._overlay.node.users:
+            # It was made for those who follow, and nobody does.
+            await self._graph.remove(self._overlay.node)
 
 
-def _put_over(graph: Graph, overlay: Node, node: Node) -> Callable[[], None]:
-    """Do it, while ``node`` is quiesced. Returns what undoes it at the same instant.
-
-    Raises ``BlockdError``, in QEMU's order, and then nothing has changed.
-    """
+def _check_overlay(overlay: Node) -> None:
+    """Raise ``BlockdError`` unless it can be put on a node."""
     if overlay.users.of(Role.ROOT):
         raise BlockdError("The overlay is already in use")
     overlay.users.check_not_busy(Role.TARGET)
@@ -80,4 +165,3 @@ def _put_over(graph: Graph, overlay: Node, node: Node) -> Callable[[], None]:
         raise BlockdError("The overlay already has a backing image")
     if not overlay.driver.supports_backing:
         raise BlockdError("The overlay does not support backing images")
-    return graph.put_over(overlay, node)

@@ -11,6 +11,7 @@ from blockd.errors import BlockdError
 from blockd.qmp.commands import bitmap
 from blockd.qmp.commands.action import Action, Change, at_one_instant, carry_out
 from blockd.qmp.commands.backup import BackUpToFile, BackUpToNode
+from blockd.qmp.commands.snapshot import SnapshotToFile, SnapshotToNode
 from blockd.qmp.dispatch import describe
 from blockd.qmp.services import Services
 from blockd.qmp.types import transaction as types
@@ -56,6 +57,8 @@ ACTIONS: dict[type[types.TransactionAction], Callable[[Services, Any], Action]] 
     types.MergeBitmaps: _changes(bitmap.do_merge),
     types.BackUpToNode: BackUpToNode,
     types.BackUpToFile: BackUpToFile,
+    types.SnapshotToNode: SnapshotToNode,
+    types.SnapshotToFile: SnapshotToFile,
 }
 
 

@@ -16,6 +16,7 @@ from blockd.qmp.types.bitmap import (
     BlockDirtyBitmapMerge,
     BlockDirtyBitmapRemove,
 )
+from blockd.qmp.types.snapshot import BlockdevSnapshot, BlockdevSnapshotSync
 
 
 class TransactionAction(Object, kw_only=True):
@@ -90,6 +91,20 @@ class BackUpToFile(TransactionAction, tag_field="type", tag="drive-backup", kw_o
     data: DriveBackup
 
 
+class SnapshotToNode(TransactionAction, tag_field="type", tag="blockdev-snapshot", kw_only=True):
+    """Put an overlay on a node."""
+
+    data: BlockdevSnapshot
+
+
+class SnapshotToFile(
+    TransactionAction, tag_field="type", tag="blockdev-snapshot-sync", kw_only=True
+):
+    """Put an overlay in a file on a node; later actions find it by its name."""
+
+    data: BlockdevSnapshotSync
+
+
 AnyAction = (
     Abort
     | AddBitmap
@@ -100,6 +115,8 @@ AnyAction = (
     | MergeBitmaps
     | BackUpToNode
     | BackUpToFile
+    | SnapshotToNode
+    | SnapshotToFile
 )
 
 

@@ -21,6 +21,8 @@ from tests.helpers.scenario import (
     do,
 )
 from tests.interop.scenarios.create import created
+from tests.interop.scenarios.transactions import ABORT, action, grouped, on_bitmap, transaction
+from tests.interop.scenarios.transactions import backup as backup_action
 from tests.interop.words import (
     ENDED,
     backup,
@@ -74,6 +76,15 @@ def without_guest(identifier: str) -> Step:
     """Delete an export under its guest; the reply may come before that is done, or after it."""
     gone = Until("BLOCK_EXPORT_DELETED", {"id": identifier})
     return Both(unexport(identifier, mode="hard"), gone)
+
+
+def overlay_action(below: str, overlay: str) -> dict[str, Any]:
+    return action("blockdev-snapshot", node=below, overlay=overlay)
+
+
+def sync_action(below: str = "n", overlay: str = "s", **data: Any) -> dict[str, Any]:
+    own = {"node_name": below, "snapshot_node_name": overlay, "snapshot_file": "DIR/s.q", **data}
+    return action("blockdev-snapshot-sync", **own)
 
 
 LIVE: list[Step] = [node("n"), server(), export("e", writable=True, name="n"), Connect("n")]
@@ -303,6 +314,88 @@ SCENARIOS = [
             ),
             sync(),
             sync(overlay="again"),
+        ],
+    ),
+    Scenario(
+        "snapshot-transaction",
+        [
+            *LIVE,
+            *image("q"),
+            bitmap("b"),
+            transaction(overlay_action("n", "q"), on_bitmap("add", "c", on="q"), ABORT),
+            NODES,
+            EXPORTS,
+            transaction(overlay_action("n", "q"), on_bitmap("add", "c", on="q")),
+            Write("n", 0, 10),
+            Bitmaps("n"),
+            Bitmaps("q"),
+            NODES,
+        ],
+    ),
+    Scenario(
+        "snapshot-transaction-in-a-file",
+        [
+            *LIVE,
+            bitmap("b"),
+            Write("n", 0, 100),
+            transaction(
+                sync_action(),
+                on_bitmap("add", "c", on="s"),
+                on_bitmap("disable", "b"),
+            ),
+            Write("n", MIB, 10),
+            Bitmaps("n"),
+            Bitmaps("s"),
+            NODES,
+            Reads("n"),
+        ],
+    ),
+    Scenario(
+        "snapshot-transaction-chain",
+        [
+            *LIVE,
+            *image("q"),
+            *image("r"),
+            transaction(overlay_action("n", "q"), overlay_action("q", "r")),
+            Write("n", 0, 10),
+            NODES,
+            EXPORTS,
+            Reads("n"),
+        ],
+    ),
+    Scenario(
+        "snapshot-transaction-with-a-backup",
+        [
+            *LIVE,
+            node("t"),
+            *image("q"),
+            bitmap("b"),
+            Write("n", 0, 100),
+            transaction(backup_action(sync="incremental", bitmap="b"), overlay_action("n", "q")),
+            ENDED,
+            Write("n", 0, 100, b"x"),
+            Content("t.img"),
+            Bitmaps("n"),
+            Reads("n"),
+        ],
+    ),
+    Scenario(
+        "snapshot-transaction-refusals",
+        [
+            *LIVE,
+            *image("q"),
+            node("t"),
+            transaction(action("blockdev-snapshot", node="n")),
+            transaction(overlay_action("n", "nor")),
+            transaction(overlay_action("n", "q"), overlay_action("n", "q")),
+            transaction(overlay_action("n", "q"), overlay_action("t", "q")),
+            transaction(sync_action(), sync_action("t")),
+            transaction(on_bitmap("add", "c", on="s"), sync_action()),
+            grouped(overlay_action("n", "q")),
+            grouped(sync_action()),
+            NODES,
+            EXPORTS,
+            Reads("n"),
         ],
     ),
     Scenario(

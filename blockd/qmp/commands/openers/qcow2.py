@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import orjson
 import trio
 from msgspec import UNSET
 
@@ -20,6 +22,7 @@ from blockd.block.qcow2 import (
     read_header,
 )
 from blockd.errors import BlockdError
+from blockd.qmp import arguments
 from blockd.qmp.opening import Opening
 from blockd.qmp.types.blockdev import (
     BlockdevOptions,
@@ -28,6 +31,8 @@ from blockd.qmp.types.blockdev import (
     Qcow2Options,
     RawOptions,
 )
+
+_NO_BACKING = "Could not open backing file: "
 
 
 async def open_qcow2(opening: Opening, options: Qcow2Options) -> Driver:
@@ -89,11 +94,15 @@ async def _open_backing(
     try:
         return await opening.child(Role.BACKING, reference)
     except BlockdError as error:
-        raise BlockdError(f"Could not open backing file: {error.message}") from error
+        if error.message.startswith(_NO_BACKING):
+            raise
+        raise BlockdError(f"{_NO_BACKING}{error.message}") from error
 
 
 def _backing_options(image: BackingImage, below: BlockdevOptions | None) -> BlockdevOptions:
     """The options for an image of a chain; ``below`` are those of its own backing file."""
+    if image.format == "json":
+        return _parse_json(image.filename)
     kind = HostDeviceOptions if image.is_device else FileOptions
     file = kind(filename=image.filename)
     match image.format:
@@ -104,7 +113,34 @@ def _backing_options(image: BackingImage, below: BlockdevOptions | None) -> Bloc
         case "file" | "host_device":
             return file
         case unknown:
-            raise BlockdError(f"Could not open backing file: Unknown driver '{unknown}'")
+            raise BlockdError(f"{_NO_BACKING}Unknown driver '{unknown}'")
+
+
+def _parse_json(filename: str) -> BlockdevOptions:
+    """The options of a node that QEMU's pseudo-protocol "json:" has."""
+    try:
+        options = orjson.loads(filename.removeprefix("json:"))
+    except orjson.JSONDecodeError:
+        options = None
+    if not isinstance(options, dict):
+        raise BlockdError(f"{_NO_BACKING}Could not parse the JSON options")
+    try:
+        parsed: BlockdevOptions = arguments.parse(BlockdevOptions, _nested(options))
+    except BlockdError as error:
+        raise BlockdError(f"{_NO_BACKING}{error.message}") from None
+    return parsed
+
+
+def _nested(options: dict[str, Any]) -> dict[str, Any]:
+    """With ``{"file": {"filename": ...}}`` for what may also be written "file.filename"."""
+    nested: dict[str, Any] = {}
+    for name, value in options.items():
+        *path, last = name.split(".")
+        inner = nested
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = _nested(value) if isinstance(value, dict) else value
+    return nested
 
 
 async def _open_data_file(
