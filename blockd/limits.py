@@ -30,6 +30,8 @@ BITMAP_WINDOW_GRANULES = 128 * KIB
 
 #: Worker threads a file may keep busy: enough to fill a disk's queue, each with its own stack.
 FILE_THREADS = 16
+#: With a write of this size or more it is worth a microsecond to know whether it had to wait.
+INLINE_WRITE_LARGE_BYTES = 64 * KIB
 #: A buffered write inline that takes longer than this means that the kernel made it wait …
 INLINE_WRITE_SLOW_NS = 3_000_000
 #: … and for this long the file's writes go to a thread before one is tried inline again; it

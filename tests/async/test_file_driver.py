@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import resource
 import time
+from collections import namedtuple
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,6 +169,18 @@ async def test_the_pause_doubles_while_writes_stay_slow_and_no_longer(
     clock.write_ns = limits.INLINE_WRITE_SLOW_NS + 1
     assert is_inline(driver)
     assert pause_ns(driver, clock) == limits.INLINE_WRITE_PAUSE_MIN_NS
+
+
+@pytest.mark.parametrize("waited", [False, True])
+async def test_a_large_write_that_only_lost_the_processor_changes_nothing(
+    driver: FileDriver, clock: Clock, monkeypatch: pytest.MonkeyPatch, *, waited: bool
+) -> None:
+    waits = itertools.count() if waited else itertools.repeat(7)
+    usage = namedtuple("usage", "ru_nvcsw")
+    monkeypatch.setattr(resource, "getrusage", lambda _: usage(next(waits)))
+    clock.write_ns = limits.INLINE_WRITE_SLOW_NS + 1
+    driver.write_nowait(0, memoryview(bytes(limits.INLINE_WRITE_LARGE_BYTES)))
+    assert is_inline(driver) == (not waited)
 
 
 async def test_an_inline_write_that_the_kernel_takes_in_part_is_completed(

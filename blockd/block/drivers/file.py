@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 import time
 from collections.abc import Callable, Sequence
@@ -124,16 +125,19 @@ class FileDriver(Driver):
 
         When one took long (dirty throttling, a cold partial page), this file's writes go to a
         thread for a while, so that the loop meets a slow disk now and then and not at every
-        write: longer each time, as the write may only have lost the processor for once.
+        write: longer each time, as the write may only have lost the processor for once. With a
+        large one that can be told: the thread then did not give the processor up by itself.
         """
         if not self._writes_inline:
             raise WouldBlock
         if self._writes_inline_from_ns and time.monotonic_ns() < self._writes_inline_from_ns:
             raise WouldBlock
+        large = len(view) >= limits.INLINE_WRITE_LARGE_BYTES
+        waits = _waits() if large else None
         started_ns = time.monotonic_ns()
         done = os.pwrite(self._fd, view, offset)
         ended_ns = time.monotonic_ns()
-        if ended_ns - started_ns > limits.INLINE_WRITE_SLOW_NS:
+        if ended_ns - started_ns > limits.INLINE_WRITE_SLOW_NS and _waits() != waits:
             self._pause_inline_writes(ended_ns)
         if done != len(view):
             blocking.write(self._fd, offset + done, view[done:])
@@ -277,6 +281,11 @@ class FileDriver(Driver):
 
     async def close(self) -> None:
         await self._in_thread(lambda: os.close(self._fd))
+
+
+def _waits() -> int:
+    """How often this thread has waited for something."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
 def _size_bytes(fd: int) -> int:
