@@ -82,13 +82,21 @@ QCOW2_ALLOCATION_CLUSTERS = 32 * KIB
 NBD_PAYLOAD_BYTES = 32 * MIB
 #: Each connection has one buffer for requests and one for replies; they cost memory once used.
 NBD_RECEIVE_BUFFER_BYTES = 512 * KIB
-NBD_SEND_BUFFER_BYTES = 1 * MIB
+NBD_SEND_BUFFER_BYTES = 1 * MIB + KIB
 #: With less room than this behind the unread bytes, they are moved to the buffer's front.
 NBD_RECEIVE_ROOM_BYTES = 192 * KIB
-#: Reads and writes up to this size may run inline; larger writes are taken in such pieces.
+#: The payload of a write larger than this is received on its own, straight to where it stays.
+NBD_GATHER_BYTES = 64 * KIB
+#: Replies are sent once there is no room for the next one in this: they leave while they are in
+#: the processor's cache. A larger one, up to what the buffer holds, is sent alone.
+NBD_SEND_BYTES = 256 * KIB + KIB
+#: Larger writes are taken in such pieces. A power of two; at least QEMU's default clusters.
 NBD_STREAM_BYTES = 256 * KIB
-#: Larger reads are made in pieces of this size.
+#: Reads that the buffer for replies does not hold are made in pieces of this size.
 NBD_READ_PIECE_BYTES = 1 * MIB
+#: What a Unix socket is asked to hold for its client: some replies of the usual large size. By
+#: default it has no room for a single one, and each is sent in parts with a wait for each.
+NBD_SOCKET_SEND_BYTES = 2 * MIB
 #: Requests of one connection that run in tasks, and the bytes they may hold together (a single
 #: request of any size may always run).
 NBD_REQUESTS_IN_FLIGHT = 64

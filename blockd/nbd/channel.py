@@ -28,8 +28,17 @@ class Channel:
     # -- receiving -----------------------------------------------------------------------------
 
     async def receive_some_into(self, view: memoryview) -> int:
-        """As ``receive_into``, where an end is not expected: raises ``ClientGone``."""
-        count = await self.receive_into(view)
+        """As ``receive_into``, where an end is not expected: raises ``ClientGone``.
+
+        It never spins: a client in the middle of something large has more of it ready when the
+        event loop comes back, and needs the processor for that.
+        """
+        try:
+            count = self._sock.recv_into(view)
+        except BlockingIOError:
+            count = await self._receive_after_wait(view)
+        else:
+            await self.end_turn_if_over()
         if not count:
             raise ClientGone
         return count
@@ -52,6 +61,11 @@ class Channel:
         await trio.lowlevel.checkpoint()
         self._begin_slice()
 
+    async def end_turn_if_over(self) -> None:
+        """As ``end_turn``, once this connection's time slice is over."""
+        if time.monotonic() > self._slice_ends:
+            await self.end_turn()
+
     def _begin_slice(self) -> None:
         """Shorter where others wait too: each of them waits for the slices of all."""
         alone = self._activity.alone
@@ -73,19 +87,22 @@ class Channel:
                 except BlockingIOError:
                     continue
                 self._spins = min(limits.NBD_SPINS_MAX, self._spins * 2)
-                if time.monotonic() > self._slice_ends:
-                    await self.end_turn()
+                await self.end_turn_if_over()
                 return count
             self._spins = max(1, self._spins // 2)
         began = time.monotonic()
+        count = await self._receive_after_wait(view)
+        if time.monotonic() - began < limits.NBD_SHORT_WAIT_SECONDS:
+            self._spins = min(limits.NBD_SPINS_MAX, self._spins * 4)
+        return count
+
+    async def _receive_after_wait(self, view: memoryview) -> int:
         while True:
             with self._activity.waiting():
                 await trio.lowlevel.wait_readable(self._sock)
-            if time.monotonic() - began < limits.NBD_SHORT_WAIT_SECONDS:
-                self._spins = min(limits.NBD_SPINS_MAX, self._spins * 4)
             self._begin_slice()
             try:
-                return recv_into(view)
+                return self._sock.recv_into(view)
             except BlockingIOError:
                 continue
 
@@ -118,5 +135,5 @@ class Channel:
                 await trio.lowlevel.wait_writable(self._sock)
             else:
                 # A client that takes it as fast as it comes is served in turns too.
-                if view and time.monotonic() > self._slice_ends:
-                    await self.end_turn()
+                if view:
+                    await self.end_turn_if_over()

@@ -100,6 +100,8 @@ class Connection:
                     self._out_used = 0
                 if stop is _END_OF_TURN:
                     await self._channel.end_turn()
+                elif stop is _NEED_ROOM:
+                    await self._channel.end_turn_if_over()
                 elif stop is _SLOW_REQUEST:
                     request = parse_request(self._in_view, start)
                     assert request is not None
@@ -109,9 +111,7 @@ class Connection:
             if start == end:
                 start = end = 0
             elif len(self._in) - end < limits.NBD_RECEIVE_ROOM_BYTES:
-                end -= start
-                self._in[:end] = self._in[start : start + end]
-                start = 0
+                start, end = self._move_to_front(start, end)
             count = await self._channel.receive_into(self._in_view[end:])
             if not count:
                 return False
@@ -130,7 +130,7 @@ class Connection:
         read_nowait, write_nowait = node.read_nowait, self._export.write_nowait
         put_done, done_bytes = replies.put_done, replies.done_bytes
         header_bytes = replies.data_header_bytes
-        size, room, inline = node.size_bytes, len(out), limits.NBD_STREAM_BYTES
+        size, room, inline = node.size_bytes, limits.NBD_SEND_BYTES, len(out) - header_bytes
         # Flags with which a write may run inline: none, and none at all on such an export.
         plain = 0 if self._export.writable and not self._export.writethrough else -1
         stop = _END_OF_TURN
@@ -149,12 +149,12 @@ class Connection:
                 if magic != REQUEST_MAGIC or not 0 < length <= inline or offset + length > size:
                     stop = _SLOW_REQUEST
                     break
-                if used + header_bytes + length > room:
+                if used + header_bytes + length > room and used:
                     stop = _NEED_ROOM
                     break
                 if kind == CMD_WRITE and flags == plain:
                     if data + length > end:
-                        stop = _NEED_DATA
+                        stop = _NEED_DATA if length <= limits.NBD_GATHER_BYTES else _SLOW_REQUEST
                         break
                     write_nowait(offset, view[data : data + length])
                     start = data + length
@@ -192,7 +192,8 @@ class Connection:
     async def _run_slow(self, request: Request, start: int, end: int) -> tuple[int, int]:
         """Run one request whose payload, if it has one, begins at ``_in[start]``.
 
-        Returns where the buffer's unread bytes begin and end afterwards.
+        Or only receive its payload. Returns where the bytes that are to be looked at next begin
+        and end.
         """
         payload = request.length if request.type == CMD_WRITE else 0
         try:
@@ -207,7 +208,9 @@ class Connection:
         if payload > limits.NBD_STREAM_BYTES:
             return await self._stream_write(request, start, end)
         if end - start < payload:
-            start, end = await self._fill(payload, start, end)
+            # With its payload there, it may be one to finish at once.
+            start -= _REQUEST_BYTES
+            return await self._fill(_REQUEST_BYTES + payload, start, end)
         data = bytearray(self._in_view[start : start + payload])
         await self._start(request, data)
         return start + payload, end
@@ -251,22 +254,40 @@ class Connection:
         for at in range(0, request.length, limits.NBD_READ_PIECE_BYTES):
             count = min(request.length - at, limits.NBD_READ_PIECE_BYTES)
             part = memoryview(bytearray(header + count))
-            await self._export.node.read(request.offset + at, part[header:])
+            if count < request.length:
+                await self._read_piece(request.offset + at, part[header:])
+            else:
+                # A small one was tried at once before.
+                await self._export.node.read(request.offset + at, part[header:])
             parts.append(part)
             header = 0
         self._replies.put_data_header(parts[0], 0, request.cookie, request.offset, request.length)
         return parts
 
+    async def _read_piece(self, offset: int, piece: memoryview) -> None:
+        node, began = self._export.node, time.monotonic()
+        try:
+            node.read_nowait(offset, piece)
+        except WouldBlock:
+            await node.read(offset, piece)
+        except OSError:
+            node.accounts.read.failed += 1
+            raise
+        else:
+            node.inline.add(1, len(piece), 0, 0, 0, time.monotonic() - began)
+            await self._channel.end_turn_if_over()
+
     async def _stream_write(self, request: Request, start: int, end: int) -> tuple[int, int]:
-        """Write a large payload piece by piece, each while it is warm in the cache."""
+        """Write a large payload piece by piece, each while it is warm in the cache.
+
+        Pieces end where clusters do, so that an image never has to fill one up around a piece.
+        """
         offset = request.offset
         left = request.length
         failure: OSError | None = None
         while left:
-            if start == end:
-                room = self._in_view[: min(left, limits.NBD_STREAM_BYTES)]
-                start, end = 0, await self._channel.receive_some_into(room)
-            count = min(left, end - start, limits.NBD_STREAM_BYTES)
+            count = min(left, limits.NBD_STREAM_BYTES - offset % limits.NBD_STREAM_BYTES)
+            start, end = await self._fill(count, start, end)
             if failure is None:
                 failure = await self._write_piece(offset, self._in_view[start : start + count])
             start += count
@@ -309,11 +330,21 @@ class Connection:
         return start + count, end
 
     async def _fill(self, count: int, start: int, end: int) -> tuple[int, int]:
-        """Have ``count`` bytes in the buffer from ``start`` on; ``count`` fits into it."""
+        """Have ``count`` bytes in the buffer, which they fit into; where they begin and end.
+
+        No more than these are received: what comes behind them would have to be moved later.
+        """
+        if start == end:
+            start = end = 0
+        elif start + count > len(self._in):
+            start, end = self._move_to_front(start, end)
+        while end < start + count:
+            end += await self._channel.receive_some_into(self._in_view[end : start + count])
+        return start, end
+
+    def _move_to_front(self, start: int, end: int) -> tuple[int, int]:
         end -= start
-        self._in[:end] = self._in[start : start + end]
-        while end < count:
-            end += await self._channel.receive_some_into(self._in_view[end:])
+        self._in_view[:end] = self._in_view[start : start + end]
         return 0, end
 
     # -- replies ------------------------------------------------------------------------------

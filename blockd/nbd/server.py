@@ -194,7 +194,10 @@ class NbdServer:
     async def _serve_client(self, running: _Running, client: socket.socket) -> None:
         """The boundary of one connection: whatever goes wrong in it ends it alone."""
         try:
-            if client.family != socket.AF_UNIX:
+            if client.family == socket.AF_UNIX:
+                # With TCP the kernel finds out by itself what is best.
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, limits.NBD_SOCKET_SEND_BYTES)
+            else:
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._activity.serving():
                 await self._converse(running, client)

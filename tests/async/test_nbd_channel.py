@@ -131,3 +131,17 @@ async def test_spins_come_back_after_short_waits(
             await wait_all_tasks_blocked()
             theirs.send(b"x")
         assert channel._spins == spins
+
+
+async def test_nobody_spins_for_the_rest_of_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "NBD_SHORT_WAIT_SECONDS", 60.0)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        channel = Channel(ours, Activity())
+        channel._spins = 2
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(channel.receive_some_into, memoryview(bytearray(1)))
+            await wait_all_tasks_blocked()
+            theirs.send(b"x")
+        assert channel._spins == 2

@@ -133,7 +133,11 @@ async def test_a_client_that_never_reads_stays_bounded_and_alone(
         await wait_all_tasks_blocked()
         held = driver.counts["read"]
         # What may wait to be sent, and what the kernel takes.
-        assert held * size <= limits.NBD_SEND_BUFFER_BYTES + limits.NBD_REQUESTS_IN_FLIGHT * size
+        assert held * size <= (
+            limits.NBD_SEND_BUFFER_BYTES
+            + limits.NBD_REQUESTS_IN_FLIGHT * size
+            + 2 * limits.NBD_SOCKET_SEND_BYTES
+        )
         assert await other.read(0, 4) == bytes(4)
         await other.write(0, b"data")
         await wait_all_tasks_blocked()
@@ -141,6 +145,14 @@ async def test_a_client_that_never_reads_stays_bounded_and_alone(
         nursery.cancel_scope.cancel()
     await rig.server.remove("id-disk", hard=True)
     assert rig.deleted() == ["id-disk"]
+
+
+async def test_the_socket_takes_a_large_reply_at_once(rig: Rig, driver: WatchedDriver) -> None:
+    driver.nowait = lambda _: True
+    client = await rig.raw()
+    for _ in range(2):
+        await client.request(Call(Cmd.READ, 0, 256 * KIB))
+    await driver.wait_seen("read", 2)
 
 
 async def test_a_client_that_never_reads_refusals_stays_bounded(rig: Rig) -> None:
@@ -156,11 +168,11 @@ async def test_a_client_that_never_reads_refusals_stays_bounded(rig: Rig) -> Non
 
 
 class Turns:
-    """Time in which every look at the clock takes a tenth of a connection's turn."""
+    """Time in which a connection's turn is over after so many looks at the clock."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, looks: int = 10) -> None:
         ticks = itertools.count()
-        tick = limits.NBD_SLICE_SECONDS / 10
+        tick = limits.NBD_SLICE_SECONDS / looks
         monkeypatch.setattr(time, "monotonic", lambda: next(ticks) * tick)
 
 
@@ -193,6 +205,28 @@ async def test_a_deep_queue_lets_others_in(
         for _ in range(3000):
             assert await busy.reply() == (1, 0)
             await busy.receive(call.length)
+
+
+async def test_large_reads_let_others_in(
+    rig: Rig, driver: WatchedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the socket takes each reply at once."""
+    driver.nowait = lambda _: True
+    busy, other = await rig.raw(), await rig.raw()
+    Turns(monkeypatch, looks=2)
+    read = Call(Cmd.READ, 0, 128 * KIB)
+
+    def speak_up(operation: str) -> None:
+        if operation == "read" and driver.counts["read"] == 1:
+            os.write(other.stream.socket.fileno(), request_bytes(WRITE, 2))
+
+    driver.on_begin = speak_up
+    os.write(busy.stream.socket.fileno(), request_bytes(read, 1) * 24)
+    assert await other.reply() == (2, 0)
+    assert driver.seen.index("write") <= 12
+    for _ in range(24):
+        assert await busy.reply() == (1, 0)
+        await busy.receive(read.length)
 
 
 async def test_slow_calls_of_one_burst_do_not_add_up(

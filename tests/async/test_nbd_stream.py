@@ -79,14 +79,17 @@ async def test_requests_in_a_pipeline_each_get_their_answer(
     check(calls, results, before, bytes(driver.data))
 
 
-async def test_large_and_small_requests_share_a_pipeline(rig: Rig) -> None:
-    size = 64 * 700 * KIB
+@pytest.mark.parametrize(("slots", "slot_bytes"), [(64, 700 * KIB), (16, 2500 * KIB)])
+async def test_large_and_small_requests_share_a_pipeline(
+    rig: Rig, slots: int, slot_bytes: int
+) -> None:
+    size = slots * slot_bytes
     driver = WatchedDriver(random.Random(1).randbytes(size))
     rng = random.Random(2)
     driver.nowait = lambda _: rng.randrange(4) > 0
     rig.export(rig.node("large", driver))
     before = bytes(driver.data)
-    calls = mixed_calls(rng, 64, 700 * KIB)
+    calls = mixed_calls(rng, slots, slot_bytes)
     client = await rig.raw("large")
     results = await client.pipeline(calls)
     check(calls, results, before, bytes(driver.data))
@@ -97,6 +100,8 @@ async def test_buffers_are_used_over_and_over(
 ) -> None:
     """With the smallest buffers that may be, every way to run out of one is taken often."""
     monkeypatch.setattr(limits, "NBD_STREAM_BYTES", 4 * KIB)
+    monkeypatch.setattr(limits, "NBD_GATHER_BYTES", 2 * KIB)
+    monkeypatch.setattr(limits, "NBD_SEND_BYTES", 3 * KIB)
     monkeypatch.setattr(limits, "NBD_RECEIVE_ROOM_BYTES", 3 * KIB)
     monkeypatch.setattr(limits, "NBD_RECEIVE_BUFFER_BYTES", 8 * KIB)
     monkeypatch.setattr(limits, "NBD_SEND_BUFFER_BYTES", 4 * KIB + 64)
