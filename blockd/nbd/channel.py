@@ -43,15 +43,18 @@ class Channel:
             raise ClientGone
         return count
 
-    async def receive_into(self, view: memoryview) -> int:
+    async def receive_into(self, view: memoryview, *, spin: bool = True) -> int:
         """Receive what is there, at least a byte; 0 at the end.
 
+        ``spin`` False: it is no use to spin for it before the wait, as requests still run; their
+        threads need the interpreter, and the client may be waiting for them.
         Fairness: a client that always has more to say lets the others in once a time slice.
         """
         try:
             count = self._sock.recv_into(view)
         except BlockingIOError:
-            return await self._receive_later(view)
+            wait = self._receive_later if spin else self._receive_after_wait
+            return await wait(view)
         if time.monotonic() > self._slice_ends:
             await self.end_turn()
         return count

@@ -112,7 +112,8 @@ class Connection:
                 start = end = 0
             elif len(self._in) - end < limits.NBD_RECEIVE_ROOM_BYTES:
                 start, end = self._move_to_front(start, end)
-            count = await self._channel.receive_into(self._in_view[end:])
+            view = self._in_view[end:]
+            count = await self._channel.receive_into(view, spin=not self._running)
             if not count:
                 return False
             end += count

@@ -6,6 +6,7 @@ import itertools
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import trio
@@ -133,7 +134,10 @@ async def test_spins_come_back_after_short_waits(
         assert channel._spins == spins
 
 
-async def test_nobody_spins_for_the_rest_of_something(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rest", [False, True])
+async def test_nobody_spins_for_the_rest_of_something_or_while_requests_run(
+    monkeypatch: pytest.MonkeyPatch, *, rest: bool
+) -> None:
     monkeypatch.setattr(limits, "NBD_SHORT_WAIT_SECONDS", 60.0)
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -141,7 +145,9 @@ async def test_nobody_spins_for_the_rest_of_something(monkeypatch: pytest.Monkey
         channel = Channel(ours, Activity())
         channel._spins = 2
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(channel.receive_some_into, memoryview(bytearray(1)))
+            no_spin = partial(channel.receive_into, spin=False)
+            receive = channel.receive_some_into if rest else no_spin
+            nursery.start_soon(receive, memoryview(bytearray(1)))
             await wait_all_tasks_blocked()
             theirs.send(b"x")
         assert channel._spins == 2

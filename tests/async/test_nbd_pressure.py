@@ -13,6 +13,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from blockd import limits
+from blockd.nbd.channel import Channel
 from blockd.nbd.wire import Cmd
 from tests.helpers.nbd_codec import Call, request_bytes
 from tests.helpers.nbd_server import DISK_BYTES, RawClient, Rig, serving
@@ -115,6 +116,22 @@ async def test_that_a_client_goes_is_seen_when_there_is_room_to_hear_of_it(
     await rig.wait_until_alone()
     async with rig.graph.get("disk").quiesced():
         pass
+
+
+async def test_nobody_spins_for_a_client_whose_requests_run(
+    rig: Rig, driver: WatchedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await rig.raw()
+    await wait_all_tasks_blocked()
+    spun = []
+    monkeypatch.setattr(Channel, "_receive_later", lambda *args: spun.append(args))
+    with driver.hold("write"):
+        for number in range(1, 4):
+            await client.request(WRITE)
+            await driver.wait_seen("write", number)
+            await wait_all_tasks_blocked()
+    assert sorted(await cookies(client, 3)) == [1, 2, 3]
+    assert spun == []
 
 
 # --- a client that does not read --------------------------------------------------------------
