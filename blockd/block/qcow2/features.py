@@ -44,7 +44,6 @@ class CompressionType(IntEnum):
 
 
 INCOMPATIBLE_MASK = sum(Incompatible)
-AUTOCLEAR_MASK = sum(Autoclear)
 
 _INCOMPATIBLE_TYPE = 0
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 
 from blockd.block.qcow2.extensions import Extensions, to_bytes
 from blockd.block.qcow2.features import (
-    AUTOCLEAR_MASK,
     Autoclear,
     Compatible,
     CompressionType,
@@ -104,14 +103,15 @@ class Header:
     def for_writing(self) -> Header:
         """The header as it must stand in the file before anything else is written to the image.
 
-        What nobody here keeps up to date is gone: unknown autoclear bits, and stale bitmaps.
+        What nobody here keeps up to date is gone: unknown autoclear bits, and bitmaps. They would
+        miss what is written from now on, and yet be believed.
         Raises ``BlockdError`` where the image must not be written to.
         """
         if self.incompatible & Incompatible.CORRUPT:
             raise BlockdError("qcow2: Image is corrupt; cannot be opened read/write")
         return replace(
             self,
-            autoclear=self.autoclear & AUTOCLEAR_MASK,
+            autoclear=self.autoclear & Autoclear.DATA_FILE_RAW,
             extensions=replace(self.extensions, stale_bitmaps=False),
         )
 
