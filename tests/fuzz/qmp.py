@@ -129,7 +129,7 @@ class Commands:
                 return self._random.choice(kind["values"])
             case "alternate":
                 choices = [self._types[each["type"]] for each in kind["members"]]
-                plain = [each for each in choices if each["meta-type"] == "builtin"]
+                plain = [each for each in choices if each["meta-type"] != "object"]
                 chosen = self._random.choice(choices if depth < 4 else plain)
                 return self._value(chosen, depth + 1, name)
             case _:
@@ -158,6 +158,8 @@ class Commands:
                 return self._random.choice(PLAIN if self._random.random() < 0.8 else INTEGERS)
             case "boolean":
                 return self._random.random() < 0.5
+            case "null":
+                return None
             case _:
                 return self._anything(0)
 
