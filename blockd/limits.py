@@ -205,6 +205,8 @@ HELD_WRITERS = 8
 #: How long one guest write may wait for room for the old data, that is, for a target which takes
 #: nothing. After that the backup is given up and the guest goes on.
 GUEST_WAIT_FOR_COPY_SECONDS = 10
+#: What one copy-before-write filter copies at the same time, each up to ``BACKUP_CHUNK_BYTES``.
+CBW_COPIES = 64
 #: Old data that may be read inline before one guest write: some 10 µs for each 64 KiB.
 INLINE_SAVE_BYTES = 256 * KIB
 #: A guest write over at least so many clusters is first asked what in them is a hole.

@@ -3,6 +3,11 @@
 from blockd.backup.backup_job import BackupJob
 from blockd.backup.checks import plan_backup
 from blockd.backup.copier import OnErrors
+from blockd.backup.copy_before_write import (
+    CopyBeforeWriteDriver,
+    Keeping,
+    SnapshotAccessDriver,
+)
 from blockd.backup.filter_node import FilterDriver
 from blockd.backup.plan import (
     BackupPlan,
@@ -17,9 +22,12 @@ __all__ = [
     "BackupPlan",
     "BackupRequest",
     "BitmapMode",
+    "CopyBeforeWriteDriver",
     "FilterDriver",
+    "Keeping",
     "OnErrors",
     "Performance",
+    "SnapshotAccessDriver",
     "Sync",
     "plan_backup",
 ]

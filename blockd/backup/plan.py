@@ -67,13 +67,19 @@ class Performance:
                 f"{limits.BACKUP_CLUSTER_MAX_BYTES}"
             )
 
-    def cluster_bytes(self, target_cluster_bytes: int | None) -> int:
-        """The unit of copying to a target with such clusters. Raises ``BlockdError``."""
+    def check_power_of_two(self) -> None:
+        """Raise ``BlockdError`` where no cluster can have the size asked for."""
         if self.min_cluster_bytes & (self.min_cluster_bytes - 1):
             raise BlockdError(
-                "Could not create node: Cannot create block-copy-state: "
-                "min-cluster-size needs to be a power of 2"
+                "Cannot create block-copy-state: min-cluster-size needs to be a power of 2"
             )
+
+    def cluster_bytes(self, target_cluster_bytes: int | None) -> int:
+        """The unit of copying to a target with such clusters. Raises ``BlockdError``."""
+        try:
+            self.check_power_of_two()
+        except BlockdError as error:
+            raise BlockdError(f"Could not create node: {error.message}") from None
         cluster_bytes = max(
             limits.BACKUP_CLUSTER_BYTES, target_cluster_bytes or 0, self.min_cluster_bytes
         )

@@ -7,6 +7,7 @@ from blockd.block.driver import Driver
 from blockd.block.drivers.blkdebug import BlkdebugDriver, InjectError, SetState
 from blockd.block.drivers.copy_on_read import CopyOnReadDriver
 from blockd.block.drivers.file import SECTOR_BYTES, FileDriver
+from blockd.block.drivers.filter import Filter
 from blockd.block.drivers.null import NullDriver
 from blockd.block.drivers.opening import (
     NewFile,
@@ -39,6 +40,7 @@ __all__ = [
     "Descriptor",
     "Driver",
     "FileDriver",
+    "Filter",
     "Follower",
     "Gate",
     "Graph",

@@ -32,7 +32,7 @@ class BeforeWrite(Protocol):
     async def before_write(self, offset: int, length: int) -> None:
         """Return once the range's old data is safe, or once this view has given up on it.
 
-        The view's own trouble stays its own: nothing but cancellation is raised here.
+        An ``OSError`` fails the write: for a view that may not be lost.
         """
         ...
 

@@ -15,7 +15,7 @@ from blockd.errors import BlockdError
 
 
 class Role(Enum):
-    """How a user holds a node; the value is how QEMU names such a child."""
+    """How a user holds a node."""
 
     #: An export, or a command that changes the node's size.
     ROOT = "root"
@@ -27,6 +27,13 @@ class Role(Enum):
     #: A job that reads the node, or one that fills it.
     SOURCE = "source"
     TARGET = "target"
+    #: A filter above that copies here what is overwritten.
+    OLD_DATA = "old-data"
+
+    @property
+    def child_name(self) -> str:
+        """QEMU's name of such a child."""
+        return Role.TARGET.value if self is Role.OLD_DATA else self.value
 
 
 class Perm(Flag):
@@ -153,10 +160,13 @@ class Users:
 
     def _conflict(self, taken: Perm, taker: Claim, keeper: Claim) -> BlockdError:
         name = self._node_name
+        one, other = (
+            f"{claim.user} (uses node '{name}' as '{claim.role.child_name}' child)"
+            for claim in (taker, keeper)
+        )
         return BlockdError(
             f"Permission conflict on node '{name}': permissions '{taken}' are both required "
-            f"by {taker.user} (uses node '{name}' as '{taker.role.value}' child) and unshared by "
-            f"{keeper.user} (uses node '{name}' as '{keeper.role.value}' child)."
+            f"by {one} and unshared by {other}."
         )
 
 

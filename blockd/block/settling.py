@@ -29,7 +29,8 @@ def in_order_of_waits(below: Below, holds: Iterable[Hold]) -> Iterable[Node]:
     """All nodes, each before those that a write to it may wait for.
 
     It waits for the nodes below that it goes on to, which a backing file is not; and where a job
-    keeps what it overwrites, for that job's target. No target is the source of another job.
+    or a filter keeps what it overwrites, for the target of that. No target is the source of
+    another job.
     """
     order: TopologicalSorter[Node] = TopologicalSorter()
     for parent, children in below.items():
@@ -37,6 +38,8 @@ def in_order_of_waits(below: Below, holds: Iterable[Hold]) -> Iterable[Node]:
         for role, (child, _) in children.items():
             if role is not Role.BACKING:
                 order.add(child, parent)
+        if Role.OLD_DATA in children:
+            order.add(children[Role.OLD_DATA][0], children[Role.FILE][0])
     sources = {hold.claim.user: hold.node for hold in holds if hold.claim.role is Role.SOURCE}
     for hold in holds:
         if hold.claim.fills and hold.claim.user in sources:

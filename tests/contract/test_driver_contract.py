@@ -18,7 +18,10 @@ from blockd.errors import BlockdError, WouldBlock
 from tests.helpers.driver_subjects import SUBJECTS, Subject
 
 STEPS = 80
-FIXED_SIZE = "Cannot (resize fixed-size raw disks|resize NBD nodes|grow device files)"
+FIXED_SIZE = (
+    "Cannot (resize fixed-size raw disks|resize NBD nodes|grow device files)"
+    "|does not support resize"
+)
 
 
 @pytest.fixture(params=[*SUBJECTS], ids=[*SUBJECTS])

@@ -14,7 +14,8 @@ import pytest
 import trio
 
 from blockd import limits
-from blockd.block import Driver, Node
+from blockd.backup import CopyBeforeWriteDriver, Keeping
+from blockd.block import Driver, Graph, Node
 from blockd.block.drivers.blkdebug import BlkdebugDriver
 from blockd.block.drivers.copy_on_read import CopyOnReadDriver
 from blockd.block.drivers.file import FileDriver
@@ -159,6 +160,19 @@ def copying_on_read(_: Path) -> Iterator[Subject]:
     yield Subject(CopyOnReadDriver(Node("overlay", overlay)), sparse_content())
 
 
+def keeping_an_instant(_: ExitStack, __: Path) -> LaterSubject:
+    async def put_over(tasks: trio.Nursery) -> Subject:
+        graph = Graph(tasks)
+        child = graph.add("child", MemoryDriver(bytes(sparse_content())), owned=True)
+        target = graph.add("target", MemoryDriver(FILE_BYTES), owned=True)
+        driver = await CopyBeforeWriteDriver.open(
+            graph, "node 'filter'", child, target, Keeping(), read_only=False
+        )
+        return Subject(driver, sparse_content(), fixed_size=True)
+
+    return put_over
+
+
 def over_nbd(stack: ExitStack, directory: Path, command: list[str]) -> LaterSubject:
     """An export of the file that ``command`` serves."""
     process = stack.enter_context(serving(command, directory / "nbd.sock"))
@@ -249,6 +263,7 @@ SUBJECTS: dict[str, Maker] = {
     "blkdebug": lambda stack, path: stack.enter_context(filtered(path, BlkdebugDriver)),
     "throttle": lambda stack, path: stack.enter_context(filtered(path, throttled)),
     "copy-on-read": lambda stack, path: stack.enter_context(copying_on_read(path)),
+    "copy-before-write": keeping_an_instant,
     "nbd-qemu": over_qemu_nbd,
     "nbd-nbdkit": lambda stack, path: over_nbdkit(stack, path, block_bytes=1),
     "nbd-4k-blocks": lambda stack, path: over_nbdkit(stack, path, block_bytes=4096),

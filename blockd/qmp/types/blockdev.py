@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Meta, UnsetType, field
 
 from blockd.qmp.types.base import Int64, Object, UInt32, UInt64
+from blockd.qmp.types.bitmap import BitmapOfNode
 
 
 class CacheOptions(Object, kw_only=True):
@@ -121,6 +122,35 @@ class CopyOnReadOptions(NodeOptions, tag_field="driver", tag="copy-on-read", kw_
 
     file: BlockdevRef
     bottom: str | None = None
+
+
+class CopyBeforeWriteOptions(
+    NodeOptions, tag_field="driver", tag="copy-before-write", kw_only=True
+):
+    """``file``; what is overwritten in it from now on is copied to ``target`` before.
+
+    ``bitmap``: only what it names, as it is now. ``on-cbw-error``: where a copy fails, either the
+    write of the guest fails, or there is no snapshot any more. ``cbw-timeout``: after so many
+    seconds a copy has failed; 0 for never, but with ``break-snapshot`` the guest waits 10 seconds
+    at most. ``min-cluster-size``: the least unit of copying, a power of two.
+    """
+
+    file: BlockdevRef
+    target: BlockdevRef
+    bitmap: BitmapOfNode | None = None
+    on_cbw_error: Literal["break-guest-write", "break-snapshot"] = "break-guest-write"
+    cbw_timeout: UInt32 = 0
+    min_cluster_size: UInt64 = 0
+
+
+class SnapshotAccessOptions(NodeOptions, tag_field="driver", tag="snapshot-access", kw_only=True):
+    """The snapshot that ``file``, a copy-before-write filter, keeps.
+
+    Reading fails where nothing was kept. With ``discard`` set to ``unmap``, what is discarded is
+    no longer kept.
+    """
+
+    file: BlockdevRef
 
 
 #: Where in QEMU's drivers something happens.
@@ -252,7 +282,9 @@ BlockdevOptions = (
     | NullOptions
     | NbdOptions
     | BlkdebugOptions
+    | CopyBeforeWriteOptions
     | CopyOnReadOptions
+    | SnapshotAccessOptions
     | ThrottleOptions
 )
 #: A node by name, or one to be made with the node that needs it.
