@@ -110,10 +110,12 @@ class BackupJob(Job):
         self._frozen = frozen
         for hook in self._hooks():
             self._source.add_hook(hook)
+        self._copier.show_instant()
         self.set_total((self._clusters.count_at_once() or 0) << self._clusters.shift)
 
     def revoke(self) -> None:
         self._remove_hooks()
+        self._copier.hide_instant(lost=False)
         if self._frozen is not None:
             self._frozen.revoke()
 
@@ -171,7 +173,10 @@ class BackupJob(Job):
         try:
             if self.cancelled and self._plan.sync is Sync.NONE:
                 # That is how such a backup ends well: its target has all that it kept.
-                await self._copier.drain()
+                drained = await self._copier.drain()
+                self._copier.hide_instant(lost=not drained)
+            else:
+                self._copier.hide_instant(lost=True)
             unsaved = await self._list_unsaved_after_failure()
             async with self._source.quiesced():
                 self._end(succeeded=False, unsaved=unsaved)

@@ -74,7 +74,8 @@ class Clusters:
         #: Includes some that are not wanted, where that was found out.
         self.settled = BitMap64()
         self.reading: dict[int, ReadClaim] = {}
-        self._unsaved = BitMap64()
+        #: Their old data is not known to be on the target, which may have something else there.
+        self.unsaved = BitMap64()
         self._given_back: deque[tuple[int, int]] = deque()
         self._concluded = 0
         self._total: int | None = None
@@ -197,7 +198,7 @@ class Clusters:
     def settle_unread(self, first: int, end: int) -> None:
         """The old data of a pending run is known without reading: zeroes."""
         self.settled.add_range(first, end)
-        self._unsaved.add_range(first, end)
+        self.unsaved.add_range(first, end)
 
     def give_back(self, claim: ReadClaim) -> None:
         """The claim's old data could not be read now: it is pending again."""
@@ -207,7 +208,7 @@ class Clusters:
 
     def save(self, first: int, end: int) -> None:
         """The old data of a settled run is on the target."""
-        self._unsaved.remove_range(first, end)
+        self.unsaved.remove_range(first, end)
         self._conclude(end - first)
 
     def skip(self, count: int) -> None:
@@ -258,7 +259,7 @@ class Clusters:
         Ask when nothing moves any more.
         """
         for step in self._steps():
-            unsaved = (step - self.settled) | (step & self._unsaved)
+            unsaved = (step - self.settled) | (step & self.unsaved)
             shifted = unsaved.shift(1)
             firsts, ends = (unsaved - shifted).to_array(), (shifted - unsaved).to_array()
             yield list(zip(firsts, ends, strict=True))

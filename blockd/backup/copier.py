@@ -15,6 +15,7 @@ import trio
 from blockd import limits
 from blockd.backup.clusters import Clusters, ReadClaim
 from blockd.backup.feeder import Feeder, Piece
+from blockd.backup.fleecing import FleecingView, LostInstant, stands_on
 from blockd.backup.held import HeldStore, OldData
 from blockd.backup.plan import BackupPlan, Sync
 from blockd.backup.point_in_time import PointInTime
@@ -69,6 +70,8 @@ class Copier:
             else plan.max_chunk_bytes >> clusters.shift
         )
         self._held = HeldStore(clusters.cluster_bytes)
+        #: What the target does not hold, it reads from the source.
+        self._stands_on_source = stands_on(target, source)
         self._feeder = Feeder(clusters, SourceMap(source, clusters.cluster_bytes))
         #: The hook to put into the source at the instant of the start.
         self.hook = PointInTime(source, clusters, self._held, self._ignore_guest_read_error)
@@ -81,6 +84,22 @@ class Copier:
         self._step = self._at_most(limits.BACKUP_STEP_BYTES)
         #: A sweep met an error of the source.
         self._read_failed = False
+
+    def show_instant(self) -> None:
+        """Let the target's readers see the source as it is now, where they see the source.
+
+        Only where there is no background, whose buffers nobody looks into.
+        """
+        if self._stands_on_source and not self._background:
+            view = FleecingView(
+                self._source, self._target, self._clusters, self._held, lambda: self.hook.abandoned
+            )
+            self._target.show(view)
+
+    def hide_instant(self, *, lost: bool) -> None:
+        """Take that back. ``lost``: its readers may not take for it what the target has now."""
+        if self._stands_on_source and not self._background:
+            self._target.show(LostInstant() if lost else None)
 
     async def run(self) -> None:
         """Return once everything is on the target, or is skipped; never without a background."""
@@ -301,15 +320,16 @@ class Copier:
                 raise
             self._held.free(held.slot)
 
-    async def drain(self) -> None:
-        """Write what is held, after ``run``, as far as the target takes it."""
+    async def drain(self) -> bool:
+        """Write what is held, after ``run``; False where the target does not take it."""
         while (held := self._held.get_nowait()) is not None:
             try:
                 await self._store(held.data)
             except OSError as error:
                 _log.warning("job '%s': kept data is lost, writing failed: %s", self._job.id, error)
-                return
+                return False
             self._saved(held.data)
+        return True
 
     async def _write(self, data: OldData) -> bool:
         """Write old data, or skip it; False where an error stopped the job."""
@@ -344,6 +364,10 @@ class Copier:
 
     async def _store_zeroes(self, offset: int, length: int) -> None:
         """Leave alone what is zero already, so that a sparse target stays sparse."""
+        if self._stands_on_source:
+            # It may only be zero there, and not for long.
+            await self._target.write_zeroes(offset, length, unmap=True)
+            return
         end = offset + length
         while offset < end:
             for run in await self._target.allocation(offset, end - offset):

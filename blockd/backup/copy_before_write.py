@@ -98,9 +98,8 @@ class CopyBeforeWriteDriver(Filter):
     def replace_child(self, role: Role, node: Node | None) -> None:
         assert node is not None
         if role is Role.OLD_DATA:
-            self.kept.target = node
-        else:
-            super().replace_child(role, node)
+            raise BlockdError("The target of a copy-before-write filter can't be replaced")
+        super().replace_child(role, node)
 
     async def truncate(self, size_bytes: int) -> None:
         raise BlockdError("Image format driver does not support resize")

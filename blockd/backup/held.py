@@ -19,6 +19,13 @@ class OldData:
     end: int
     view: memoryview | None
 
+    def read(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset`` on, in bytes from the start of the first cluster."""
+        if self.view is None:
+            view[:] = bytes(len(view))
+        else:
+            view[:] = self.view[offset : offset + len(view)]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
@@ -52,6 +59,8 @@ class HeldStore:
         #: The first one has waited longest. While anybody waits, no slot is free.
         self._waiting: deque[_Waiter] = deque()
         self._queue: deque[Held] = deque()
+        #: What is in the slots, until they are freed.
+        self._stored: dict[int, OldData] = {}
         self._work = trio.lowlevel.ParkingLot()
 
     def take_slot(self) -> int | None:
@@ -78,6 +87,7 @@ class HeldStore:
 
     def free(self, slot: int) -> None:
         """Give a slot back: to who has waited longest, so that nobody overtakes."""
+        self._stored.pop(slot, None)
         if self._waiting:
             self._wake(slot)
         else:
@@ -100,8 +110,14 @@ class HeldStore:
 
     def put(self, slot: int, data: OldData) -> None:
         """Queue old data for the target; its view, if any, is that of the slot."""
+        self._stored[slot] = data
         self._queue.append(Held(slot, data))
         self._work.unpark()
+
+    def find(self, cluster: int) -> OldData | None:
+        """The old data of ``cluster``, where it is here: in a slot that is not freed yet."""
+        stored = self._stored.values()
+        return next((data for data in stored if data.first <= cluster < data.end), None)
 
     async def get(self) -> Held:
         """The oldest entry of the queue; the caller frees its slot.

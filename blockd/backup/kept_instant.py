@@ -14,6 +14,7 @@ from pyroaring import BitMap64
 
 from blockd import limits
 from blockd.backup.clusters import Clusters
+from blockd.backup.fleecing import FleecingView, stands_on
 from blockd.block import Allocation, Node
 
 
@@ -68,6 +69,8 @@ class KeptInstant:
         self._idle = trio.Event()
         #: Nothing is kept any more.
         self._over = False
+        if stands_on(target, source):
+            target.show(FleecingView(source, target, clusters, None, lambda: self._over))
 
     # -- for the source ----------------------------------------------------------------------
 
@@ -120,6 +123,7 @@ class KeptInstant:
             copy.error = error
         else:
             self._settled.add_range(copy.first, copy.end)
+            self._clusters.unsaved.remove_range(copy.first, copy.end)
         finally:
             for cluster in range(copy.first, copy.end):
                 del self._copies[cluster]
@@ -130,12 +134,13 @@ class KeptInstant:
 
     async def _store(self, copy: _Copy) -> None:
         offset = copy.first << self._shift
-        view = memoryview(bytearray(self._clusters.length(copy.first, copy.end)))
-        await self._source.read(offset, view)
-        if any(view):
-            await self.target.write(offset, view)
+        data = bytearray(self._clusters.length(copy.first, copy.end))
+        await self._source.read(offset, memoryview(data))
+        self._clusters.unsaved.add_range(copy.first, copy.end)
+        if data == bytes(len(data)):
+            await self.target.write_zeroes(offset, len(data), unmap=True)
         else:
-            await self.target.write_zeroes(offset, len(view), unmap=True)
+            await self.target.write(offset, memoryview(data))
 
     def _fail(self, error: OSError) -> None:
         """Old data could not be kept: fail the write, or give up."""
@@ -155,6 +160,8 @@ class KeptInstant:
             self._idle = trio.Event()
             await self._idle.wait()
         self._source.remove_hook(self)
+        if stands_on(self.target, self._source):
+            self.target.show(None)
 
     # -- the view ----------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from blockd.block.drivers.throttle import ThrottleDriver
 from blockd.block.graph import Graph
 from blockd.block.holds import Follower, Hold
 from blockd.block.inflight import Gate, Reservations
-from blockd.block.node import BeforeWrite, Node
+from blockd.block.node import BeforeWrite, Node, ReadView
 from blockd.block.permissions import Access, Claim, Perm, Role, of_image_file
 from blockd.block.reopening import Reopening
 
@@ -51,6 +51,7 @@ __all__ = [
     "NullDriver",
     "Perm",
     "RawDriver",
+    "ReadView",
     "Reopening",
     "Reservations",
     "Role",

@@ -37,6 +37,13 @@ class BeforeWrite(Protocol):
         ...
 
 
+class ReadView(Protocol):
+    """What readers of a node get in place of what its driver has; as ``Driver`` defines it."""
+
+    async def read(self, offset: int, view: memoryview) -> None: ...
+    async def allocation(self, offset: int, length: int) -> Sequence[Allocation]: ...
+
+
 class Node:
     """The device layer's unit: every read and write of a guest, an export or a job passes here.
 
@@ -68,6 +75,7 @@ class Node:
         #: Those whose place this one has taken, and which have not been flushed since.
         self._unflushed: set[Node] = set()
         self._hooks: tuple[BeforeWrite, ...] = ()
+        self._view: ReadView | None = None
         self._gate = Gate(on_change=self._choose_path)
         self._reads = Gate(on_change=self._choose_path)
         self.bitmaps = NodeBitmaps(driver.size_bytes)
@@ -93,7 +101,8 @@ class Node:
     # -- the nowait paths --------------------------------------------------------------------
 
     def _choose_path(self) -> None:
-        self.read_nowait = self._refuse if self._reads.closed else self.driver.read_nowait
+        readable = not self._reads.closed and self._view is None
+        self.read_nowait = self.driver.read_nowait if readable else self._refuse
         if self._gate.closed or self.read_only:
             self._write_unwatched = self._refuse
         elif self._hooks:
@@ -135,7 +144,7 @@ class Node:
         with self.accounts.read.of(len(view)):
             await self._reads.enter()
             try:
-                await self.driver.read(offset, view)
+                await (self._view or self.driver).read(offset, view)
             finally:
                 self._reads.leave()
 
@@ -152,7 +161,7 @@ class Node:
 
     def descriptor(self, *, write: bool) -> Descriptor | None:
         """The node's bytes by a descriptor, where it has one; what writes to it is ``write_by``."""
-        if write and self.read_only:
+        if self.read_only if write else self._view is not None:
             return None
         return self.driver.descriptor(write=write)
 
@@ -228,7 +237,7 @@ class Node:
         """The range's allocation, as ``Driver.allocation`` gives it."""
         await self._reads.enter()
         try:
-            return await self.driver.allocation(offset, length)
+            return await (self._view or self.driver).allocation(offset, length)
         finally:
             self._reads.leave()
 
@@ -347,6 +356,11 @@ class Node:
         """Close the driver, once all is over that was asked of the node while it had users."""
         async with self.at_rest():
             await self.driver.close()
+
+    def show(self, view: ReadView | None) -> None:
+        """Let readers from now on get ``view``; None: what the driver has."""
+        self._view = view
+        self._choose_path()
 
     def add_hook(self, hook: BeforeWrite) -> None:
         """Put a point-in-time view in; only while quiesced, so that it misses no write."""

@@ -52,6 +52,17 @@ def pattern(clusters: int, tail_bytes: int = 0) -> bytes:
     return whole + bytes([201]) * tail_bytes
 
 
+async def start_job(jobs: Jobs, source: Node, job: BackupJob) -> None:
+    """Start a job, as a command does; there is no checkpoint between that and the return."""
+    try:
+        async with source.quiesced():
+            jobs.admit(job)
+            jobs.begin([Group([job], source.quiesced)])
+    except BaseException:
+        await job.give_up()
+        raise
+
+
 class Rig:
     """A source and a target. ``events`` are all that were published."""
 
@@ -104,13 +115,7 @@ class Rig:
 
     async def start(self, job: BackupJob) -> bytes:
         """Start a job; returns what the source held at that instant."""
-        try:
-            async with self.source.quiesced():
-                self.jobs.admit(job)
-                self.jobs.begin([Group([job], self.source.quiesced)])
-        except BaseException:
-            await job.give_up()
-            raise
+        await start_job(self.jobs, self.source, job)
         # There was no checkpoint between the job's start and this.
         return bytes(self.source_driver.data)
 
