@@ -283,10 +283,8 @@ class Graph:
 
     async def remove_left(self) -> None:
         """Remove the nodes that nobody named and nobody uses any more."""
-        while self._left:
-            node = self._left.pop()
-            if not node.users and self._nodes.get(node.name) is node:
-                await self.remove(node)
+        left, self._left = self._left, []
+        await self.remove_unneeded(left)
 
     # -- other nodes in the place of some ------------------------------------------------------
 
@@ -373,7 +371,8 @@ class Graph:
             undo.callback(settle, self._below)
             if node not in top.driver.children.values():
                 self._replace_child(undo, top, Role.BACKING, node)
-                undo.callback(top.owe_flush(node))
+                top.owe_flush(node)
+                undo.callback(top.owe_no_flush, node)
             for hold in self._holds:
                 if hold.node is node and hold.follower is not None:
                     hold.move(top)
@@ -464,6 +463,8 @@ class Graph:
     async def _remove_from_below(self, node: Node) -> None:
         children = self._unlink_all(node)
         settle(self._below)
+        for each in self:
+            each.owe_no_flush(node)
         await self.remove_unneeded(children)
 
     async def remove_unneeded(self, nodes: Iterable[Node]) -> None:

@@ -225,13 +225,13 @@ class Node:
             finally:
                 self._reads.leave()
 
-    def owe_flush(self, node: Node) -> Callable[[], None]:
-        """Take the place of ``node``: its writes too are on stable storage after a flush.
-
-        Returns what takes that back.
-        """
+    def owe_flush(self, node: Node) -> None:
+        """Take the place of ``node``: its writes too are on stable storage after a flush."""
         self._unflushed.add(node)
-        return lambda: self._unflushed.discard(node)
+
+    def owe_no_flush(self, node: Node) -> None:
+        """``node`` has its place back, or is gone."""
+        self._unflushed.discard(node)
 
     async def allocation(self, offset: int, length: int) -> Sequence[Allocation]:
         """The range's allocation, as ``Driver.allocation`` gives it."""
