@@ -52,6 +52,9 @@ VALUES: list[tuple[str, str, list[Any]]] = [
     ("blockdev-add", "node-name", ["src", "", "1", "a" * 32]),
     ("blockdev-add", "filename", ["DIR/none", "DIR", "", "DIR/free.img"]),
     ("transaction", "actions", [[_ABORT], [_CLEAR], [_BACKUP], [_BACKUP, _ABORT]]),
+    # A file that could be made would be.
+    ("blockdev-snapshot-sync", "snapshot-file", ["DIR/none/t", "DIR", ""]),
+    ("blockdev-snapshot-sync", "snapshot-node-name", ["src", None, "", "1"]),
     # It would be carried out, or what is wrong be its answer.
     ("transaction", "dry-run", [None]),
     ("*", "format", [None, "nope", "", "raw"]),
