@@ -1,18 +1,11 @@
-"""All nodes by name, who stands on whom, and who may be taken away."""
+"""All nodes by name, who uses them, and who may be taken away."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import (
-    AsyncExitStack,
-    ExitStack,
-    asynccontextmanager,
-    contextmanager,
-    suppress,
-)
+from collections.abc import Iterable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 
 import trio
 
@@ -22,7 +15,8 @@ from blockd.block.driver import Driver
 from blockd.block.holds import Follower, Hold
 from blockd.block.node import Node
 from blockd.block.permissions import Access, Claim, Perm, Role
-from blockd.block.settling import from_the_top, in_order_of_waits, settle
+from blockd.block.places import Places
+from blockd.block.standing import Standing
 from blockd.errors import BlockdError
 from blockd.objects import Objects
 
@@ -43,9 +37,8 @@ class Graph:
         #: Nodes that the administrator named, and may therefore delete.
         self._owned: set[Node] = set()
         self._hidden: set[Node] = set()
-        #: What each node stands on, by role, with its claim there.
-        self._below: dict[Node, dict[Role, tuple[Node, Claim]]] = {}
-        self._holds: list[Hold] = []
+        self.standing = Standing()
+        self.places = Places(self.standing)
         #: Nodes that lost their last user, who was all that they were there for.
         self._left: list[Node] = []
         self._made = 0
@@ -69,10 +62,10 @@ class Graph:
 
         What is written there passes neither the node nor its bitmaps.
         """
-        mine = {node, *self.below(node)}
+        mine = {node, *self.standing.below(node)}
         storage = {each.driver.identity for each in mine} - {None}
         for other in self:
-            if other in mine or other.read_only or self._below[other]:
+            if other in mine or other.read_only or self.standing.children[other]:
                 continue
             if other.driver.identity in storage:
                 raise BlockdError(
@@ -116,13 +109,13 @@ class Graph:
                 # Such as that of a job which ended while the driver was being opened.
                 raise BlockdError(f"Node '{child.name}' has been removed meanwhile")
         node = Node(name, driver)
-        self._below[node] = {}
+        self.standing.children[node] = {}
         for role, child in driver.children.items():
-            self._link(node, role, child)
+            self.standing.link(node, role, child)
         try:
-            settle(self._below)
+            self.standing.settle()
         except BlockdError:
-            self._unlink_all(node)
+            self.standing.unlink_all(node)
             raise
         self._nodes[name] = node
         if owned:
@@ -137,63 +130,12 @@ class Graph:
             if driver.identity is not None and node.driver.identity == driver.identity:
                 raise BlockdError(f"'{driver.filename}' is in use: node '{node.name}' stands on it")
 
-    def _link(self, parent: Node, role: Role, child: Node) -> None:
-        claim = Claim(f"node '{parent.name}'", role)
-        child.users.add(claim)
-        self._below[parent][role] = (child, claim)
-
-    def _unlink(self, parent: Node, role: Role) -> None:
-        child, claim = self._below[parent].pop(role)
-        child.users.remove(claim)
-
-    def _unlink_all(self, parent: Node) -> list[Node]:
-        """Take a node out; returns what it stood on."""
-        children = [child for child, _ in self._below[parent].values()]
-        for role in list(self._below[parent]):
-            self._unlink(parent, role)
-        del self._below[parent]
-        return children
-
-    def below(self, node: Node) -> Iterator[Node]:
-        """The nodes that ``node`` stands on, down to the storage, each once and nearest first."""
-        seen = {node: None}
-
-        def look(above: Node) -> None:
-            for child, _ in self._below[above].values():
-                if child not in seen:
-                    seen[child] = None
-                    look(child)
-
-        look(node)
-        return itertools.islice(seen, 1, None)
-
-    def _written(self, node: Node) -> Iterator[Node]:
-        """``node``, and those below it that a write to it may reach."""
-        yield node
-        for role, (child, _) in self._below[node].items():
-            if role is not Role.BACKING:
-                yield from self._written(child)
-
-    def above(self, node: Node) -> Iterator[Node]:
-        """The nodes that stand on ``node``, nearest first."""
-        for parent, _ in self._parents(node):
-            yield parent
-            yield from self.above(parent)
-
-    def _parents(self, node: Node) -> list[tuple[Node, Role]]:
-        return [
-            (parent, role)
-            for parent, children in self._below.items()
-            for role, (child, _) in children.items()
-            if child is node
-        ]
-
     def accounts(self, node: Node) -> Accounts:
         """What ``node`` was asked for since it was made."""
         return node.accounts.total([(node.inline, 0), *self._inlines_above(node)])
 
     def _inlines_above(self, node: Node) -> Iterator[tuple[Inline, int]]:
-        for parent, _ in self._parents(node):
+        for parent, _ in self.standing.parents(node):
             shift = parent.driver.inline_offset_bytes
             if shift is not None:
                 yield parent.inline, shift
@@ -216,8 +158,8 @@ class Graph:
         try:
             await node.resize(size_bytes)
         finally:
-            for each in self._written(node):
-                for upper in self.above(each):
+            for each in self.standing.written(node):
+                for upper in self.standing.above(each):
                     upper.child_changed()
 
     def hold_to_fill(self, node: Node) -> Hold:
@@ -248,14 +190,14 @@ class Graph:
         needs = (Perm.WRITE if writes else Perm.NONE) | (Perm.RESIZE if resizes else Perm.NONE)
         claim = Claim(user, role, Access(needs), alone)
         hold = Hold(node, claim, follower, self._drop)
-        self._holds.append(hold)
+        self.standing.holds.append(hold)
         try:
             # Of two conflicts QEMU tells of that with what this user needs.
-            settle(self._below)
+            self.standing.settle()
             if not resizes:
                 # Whoever does not change the size relies on it.
                 claim.access = Access(needs, Perm.WRITE)
-                settle(self._below)
+                self.standing.settle()
         except BlockdError:
             hold.release()
             raise
@@ -269,15 +211,15 @@ class Graph:
         """
         node.users.add(claim)
         try:
-            settle(self._below)
+            self.standing.settle()
             yield
         finally:
             node.users.remove(claim)
-            settle(self._below)
+            self.standing.settle()
 
     def _drop(self, hold: Hold) -> None:
-        self._holds.remove(hold)
-        settle(self._below)
+        self.standing.holds.remove(hold)
+        self.standing.settle()
         if hold.node not in self._owned and hold.node not in self._hidden:
             self._left.append(hold.node)
 
@@ -286,101 +228,9 @@ class Graph:
         left, self._left = self._left, []
         await self.remove_unneeded(left)
 
-    # -- other nodes in the place of some ------------------------------------------------------
-
-    @asynccontextmanager
-    async def quiesced(self, nodes: Iterable[Node]) -> AsyncIterator[None]:
-        """The body runs with no write to these nodes in flight, and none beginning.
-
-        Nor is there one on its way to them, in a node above or an export: none will come out
-        at a node whose place another one has taken meanwhile.
-        """
-        affected = {each for node in nodes for each in (node, *self.above(node))}
-        async with AsyncExitStack() as stopped:
-            for hold in tuple(self._holds):
-                if hold.follower is not None and hold.node in affected:
-                    stopped.enter_context(hold.node.driver.hurried())
-                    await stopped.enter_async_context(hold.follower.quiesced())
-            for node in tuple(in_order_of_waits(self._below, self._holds)):
-                if node in affected:
-                    await stopped.enter_async_context(node.quiesced())
-            yield
-
-    @asynccontextmanager
-    async def at_rest(self, nodes: Iterable[Node]) -> AsyncIterator[None]:
-        """The body runs with nothing under way in these nodes, and nothing beginning."""
-        wanted = set(nodes)
-        async with AsyncExitStack() as stopped:
-            # From the top, for what is under way in a node may need those below.
-            for node in tuple(from_the_top(self._below)):
-                if node in wanted:
-                    await stopped.enter_async_context(node.at_rest())
-            yield
-
-    def change_drivers(self, drivers: Mapping[Node, Driver]) -> list[Node]:
-        """Let nodes that are at rest have these drivers, and stand on what those stand on.
-
-        Returns what they stood on before, for ``remove_unneeded``. Raises ``BlockdError`` where
-        users of a node are in the way, and then nothing has changed.
-        """
-        for node in from_the_top(self._below):
-            writers = any(Perm.WRITE in claim.access.needs for claim in node.users)
-            if writers and node in drivers and drivers[node].read_only:
-                raise BlockdError(
-                    f"Read-only block node '{node.name}' cannot support read-write users"
-                )
-        before = [child for node in drivers for child in node.driver.children.values()]
-        with ExitStack() as undo:
-            undo.callback(settle, self._below)
-            for node, driver in drivers.items():
-                undo.callback(self._change_driver, node, node.driver)
-                self._change_driver(node, driver)
-            settle(self._below)
-            undo.pop_all()
-        for node in drivers:
-            for each in (node, *self.above(node)):
-                each.child_changed()
-        return before
-
-    def _change_driver(self, node: Node, driver: Driver) -> None:
-        for role in list(self._below[node]):
-            self._unlink(node, role)
-        node.change_driver(driver)
-        for role, child in driver.children.items():
-            self._link(node, role, child)
-
     def is_owned(self, node: Node) -> bool:
         """Whether it was made for itself, and does not go with the node above."""
         return node in self._owned
-
-    def put_over(self, top: Node, node: Node) -> Callable[[], None]:
-        """Put ``top`` between ``node`` and its users: exports and nodes above follow, jobs stay.
-
-        An overlay gets ``node`` as its backing file; a filter stands on it already. Only while
-        ``node`` is ``quiesced``. Returns what undoes it at the same instant. Raises
-        ``BlockdError``, and then nothing has changed.
-        """
-        if top in (node, *self.below(node)):
-            raise BlockdError(
-                f"Making '{node.name}' a backing child of '{top.name}' would create a cycle"
-            )
-        moved = {top, *self.below(top)}
-        parents = [each for each in self._parents(node) if each[0] not in moved]
-        self._check_size(node, top)
-        with ExitStack() as undo:
-            undo.callback(settle, self._below)
-            if node not in top.driver.children.values():
-                self._replace_child(undo, top, Role.BACKING, node)
-                top.owe_flush(node)
-                undo.callback(top.owe_no_flush, node)
-            for hold in self._holds:
-                if hold.node is node and hold.follower is not None:
-                    hold.move(top)
-                    undo.callback(hold.move, node)
-            for parent, role in parents:
-                self._replace_child(undo, parent, role, top)
-            settle(self._below)
-            return undo.pop_all().close
 
     async def retire(self, node: Node) -> None:
         """Make ``node`` read-only, on which an overlay has been put; others may read its storage.
@@ -395,37 +245,10 @@ class Graph:
         except OSError as error:
             _log.warning("node '%s' stays writable: %s", node.name, error)
             return
-        settle(self._below)
-        for role, (child, _) in tuple(self._below[node].items()):
+        self.standing.settle()
+        for role, (child, _) in tuple(self.standing.children[node].items()):
             if role is not Role.BACKING and child not in self._owned and not child.read_only:
                 await self.retire(child)
-
-    def _check_size(self, node: Node, top: Node) -> None:
-        """Nobody may find a part of what he uses gone, and a job's node must not even grow."""
-        if top.size_bytes < node.size_bytes and node.users:
-            raise BlockdError(
-                f"Node '{top.name}' is smaller than node '{node.name}', which is in use"
-            )
-        for each in self.above(node):
-            if any(claim.fills for claim in each.users):
-                # The job may be about to write to what is below now.
-                each.users.check_not_busy(Role.TARGET)
-            if top.size_bytes != node.size_bytes and each.users.of(Role.SOURCE):
-                raise BlockdError(
-                    f"Node '{top.name}' is larger than node '{node.name}', "
-                    f"and a job uses node '{each.name}' on top of that"
-                )
-
-    def _replace_child(self, undo: ExitStack, parent: Node, role: Role, child: Node | None) -> None:
-        before, _ = self._below[parent].get(role, (None, None))
-        parent.driver.replace_child(role, child)
-        undo.callback(self._replace_child, ExitStack(), parent, role, before)
-        if before is not None:
-            self._unlink(parent, role)
-        if child is not None:
-            self._link(parent, role, child)
-        for each in (parent, *self.above(parent)):
-            each.child_changed()
 
     # -- the end of a node ---------------------------------------------------------------------
 
@@ -461,8 +284,8 @@ class Graph:
                 await node.flush()
 
     async def _remove_from_below(self, node: Node) -> None:
-        children = self._unlink_all(node)
-        settle(self._below)
+        children = self.standing.unlink_all(node)
+        self.standing.settle()
         for each in self:
             each.owe_no_flush(node)
         await self.remove_unneeded(children)

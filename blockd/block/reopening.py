@@ -26,7 +26,7 @@ class Reopening:
 
     def check_free(self, node: Node) -> None:
         """Raise ``BlockdError`` where a job uses the node: it holds on to the driver."""
-        for each in (node, *self._graph.above(node)):
+        for each in (node, *self._graph.standing.above(node)):
             each.users.check_not_busy(Role.TARGET, Role.SOURCE)
 
     def check_no_cycle(self, node: Node, role: Role, child: Node) -> None:
@@ -67,9 +67,9 @@ class Reopening:
         for node in self._planned:
             if not node.read_only:
                 await node.flush()
-        async with self._graph.at_rest(self._planned):
+        async with self._graph.places.at_rest(self._planned):
             old = {node: node.driver for node in self._planned}
-            before = self._graph.change_drivers(self._planned)
+            before = self._graph.places.change_drivers(self._planned)
             self._planned = {}
         with trio.CancelScope(shield=True):
             async with AsyncExitStack() as cleanup:
@@ -83,7 +83,7 @@ class Reopening:
             if driver.size_bytes == node.size_bytes:
                 continue
             self._graph.hold(node, "an unnamed block device", writes=False, resizes=True).release()
-            for upper in self._graph.above(node):
+            for upper in self._graph.standing.above(node):
                 if upper in self._planned:
                     raise BlockdError(
                         f"Node '{node.name}' gets another size: reopen it first, and node "

@@ -163,7 +163,7 @@ async def test_what_stood_below_a_node_alone_goes_with_it(graph: Graph) -> None:
     middle = add_raw(graph, "middle", own)
     top = add_raw(graph, "top", middle)
     beside = add_raw(graph, "beside", named)
-    assert list(graph.below(top)) == [middle, own]
+    assert list(graph.standing.below(top)) == [middle, own]
 
     await graph.remove(top)
     assert [node.name for node in graph] == ["beside", "middle", "named", own.name]
@@ -328,7 +328,7 @@ def test_below_are_all_children_each_once(graph: Graph) -> None:
     middle = add_overlay(graph, "middle", base, file)
     beside = add_raw(graph, "beside", base)
     top = add_overlay(graph, "top", middle, beside)
-    assert [node.name for node in graph.below(top)] == ["beside", "base", "middle", "file"]
+    assert [node.name for node in graph.standing.below(top)] == ["beside", "base", "middle", "file"]
     assert (top.backing, middle.backing, base.backing) == (middle, base, None)
 
 

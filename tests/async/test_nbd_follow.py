@@ -31,8 +31,8 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
 
 async def cover(rig: Rig, name: str, node: Node) -> Node:
     overlay = rig.graph.add(name, MemoryOverlay(DISK_BYTES, None), owned=True)
-    async with rig.graph.quiesced([node]):
-        rig.graph.put_over(overlay, node)
+    async with rig.graph.places.quiesced([node]):
+        rig.graph.places.put_over(overlay, node)
     return overlay
 
 
@@ -134,10 +134,10 @@ async def test_a_write_that_waited_goes_to_the_old_node_after_all(rig: Rig) -> N
     client = await rig.raw()
     overlay = MemoryOverlay(DISK_BYTES, None)
     top = rig.graph.add("overlay", overlay, owned=True)
-    async with rig.graph.quiesced([node]):
+    async with rig.graph.places.quiesced([node]):
         await client.request(Call(Cmd.WRITE, 0, data=b"data"))
         await wait_all_tasks_blocked()
-        undo = rig.graph.put_over(top, node)
+        undo = rig.graph.places.put_over(top, node)
         assert await client.read(0, 4) == bytes(4)
         undo()
     assert await client.reply() == (1, 0)

@@ -74,8 +74,8 @@ async def refusal(graph: Graph, top: Node, node: Node) -> str:
     """Why ``top`` can't be put over ``node``; nothing must have changed."""
     before = state(graph)
     with pytest.raises(BlockdError) as raised:
-        async with graph.quiesced([node]):
-            graph.put_over(top, node)
+        async with graph.places.quiesced([node]):
+            graph.places.put_over(top, node)
     assert state(graph) == before
     return raised.value.message
 
@@ -96,8 +96,8 @@ async def test_an_export_and_a_node_above_follow(graph: Graph) -> None:
     disk, overlay = add(graph, "disk"), add_overlay(graph)
     raw = add_raw(graph, "raw", disk)
     below, above = Guest(graph, disk), Guest(graph, raw)
-    async with graph.quiesced([disk]):
-        graph.put_over(overlay, disk)
+    async with graph.places.quiesced([disk]):
+        graph.places.put_over(overlay, disk)
     assert (below.node, above.node) == (overlay, raw)
     assert raw.driver.children == {Role.FILE: overlay}
     assert overlay.backing is disk
@@ -117,9 +117,9 @@ async def test_what_a_read_above_is_about_to_write_comes_before(graph: Graph) ->
     copied: list[int] = []
 
     async def put_over() -> None:
-        async with graph.quiesced([disk]):
+        async with graph.places.quiesced([disk]):
             copied.append(memory_driver(disk).counts["write"])
-            graph.put_over(overlay, disk)
+            graph.places.put_over(overlay, disk)
 
     with memory_driver(base).hold("read") as hold:
         async with trio.open_nursery() as nursery:
@@ -136,8 +136,8 @@ async def test_what_a_read_above_is_about_to_write_comes_before(graph: Graph) ->
 async def test_a_job_stays(graph: Graph) -> None:
     disk, overlay = add(graph, "disk"), add_overlay(graph)
     job = graph.hold(disk, "block job 'j'", Role.SOURCE, writes=False, alone=True)
-    async with graph.quiesced([disk]):
-        graph.put_over(overlay, disk)
+    async with graph.places.quiesced([disk]):
+        graph.places.put_over(overlay, disk)
     assert {claim.role for claim in disk.users} == {Role.SOURCE, Role.BACKING}
     assert not overlay.users
     job.release()
@@ -148,8 +148,8 @@ async def test_a_filter_keeps_what_it_stands_on(graph: Graph) -> None:
     guest = Guest(graph, disk)
     other = add_raw(graph, "other", disk)
     top = add_raw(graph, "filter", disk)
-    async with graph.quiesced([disk]):
-        graph.put_over(top, disk)
+    async with graph.places.quiesced([disk]):
+        graph.places.put_over(top, disk)
     assert guest.node is top
     assert top.driver.children == {Role.FILE: disk}
     assert other.driver.children == {Role.FILE: top}
@@ -164,8 +164,8 @@ async def test_a_chain_grows_under_its_users(graph: Graph) -> None:
     for number in range(30):
         await guest.write(number * 16, b"%02d" % number)
         overlay = add_overlay(graph, f"o{number}")
-        async with graph.quiesced([top]):
-            graph.put_over(overlay, top)
+        async with graph.places.quiesced([top]):
+            graph.places.put_over(overlay, top)
         top = overlay
     view = memoryview(bytearray(SIZE))
     await guest.node.read(0, view)
@@ -176,8 +176,8 @@ async def test_a_chain_grows_as_long_as_it_can_be_read(graph: Graph) -> None:
     top = add(graph, "disk")
     for number in range(limits.NODE_LEVELS - 1):
         overlay = add_overlay(graph, f"o{number}")
-        async with graph.quiesced([top]):
-            graph.put_over(overlay, top)
+        async with graph.places.quiesced([top]):
+            graph.places.put_over(overlay, top)
         top = overlay
     message = await refusal(graph, add_overlay(graph), top)
     assert message == f"More than {limits.NODE_LEVELS} nodes would stand on each other"
@@ -191,8 +191,8 @@ async def test_undoing_gives_everybody_back_what_he_had(graph: Graph) -> None:
     guest = Guest(graph, disk)
     above = add_raw(graph, "above", overlay)
     before = state(graph)
-    async with graph.quiesced([disk]):
-        undo = graph.put_over(overlay, disk)
+    async with graph.places.quiesced([disk]):
+        undo = graph.places.put_over(overlay, disk)
         assert state(graph) != before
         undo()
         assert state(graph) == before
@@ -207,10 +207,10 @@ async def test_an_overlay_s_own_stack_stays_as_it_is(graph: Graph) -> None:
     """A node above the overlay does not end up below it."""
     disk, overlay = add(graph, "disk"), add_overlay(graph)
     above = add_raw(graph, "above", overlay)
-    async with graph.quiesced([disk]):
-        graph.put_over(overlay, disk)
+    async with graph.places.quiesced([disk]):
+        graph.places.put_over(overlay, disk)
     assert above.driver.children == {Role.FILE: overlay}
-    assert list(graph.below(above)) == [overlay, disk]
+    assert list(graph.standing.below(above)) == [overlay, disk]
 
 
 async def test_no_write_is_lost_on_the_way(graph: Graph) -> None:
@@ -225,8 +225,8 @@ async def test_no_write_is_lost_on_the_way(graph: Graph) -> None:
             await held.reached.wait()
 
             async def cover() -> None:
-                async with graph.quiesced([disk]):
-                    graph.put_over(overlay, disk)
+                async with graph.places.quiesced([disk]):
+                    graph.places.put_over(overlay, disk)
 
             nursery.start_soon(cover)
             await wait_all_tasks_blocked()
@@ -253,7 +253,7 @@ async def test_a_source_is_stopped_before_the_target_that_its_writes_wait_for(gr
             await held.reached.wait()
 
             async def stop_all() -> None:
-                async with graph.quiesced([target, other, source]):
+                async with graph.places.quiesced([target, other, source]):
                     pass
 
             nursery.start_soon(stop_all)
@@ -298,8 +298,8 @@ async def test_an_overlay_that_is_smaller_than_what_is_used(graph: Graph) -> Non
         "Node 'small' is smaller than node 'disk', which is in use"
     )
     guest.hold.release()
-    async with graph.quiesced([disk]):
-        graph.put_over(small, disk)
+    async with graph.places.quiesced([disk]):
+        graph.places.put_over(small, disk)
 
 
 async def test_an_overlay_that_is_larger(graph: Graph) -> None:
@@ -311,8 +311,8 @@ async def test_an_overlay_that_is_larger(graph: Graph) -> None:
         "Node 'large' is larger than node 'disk', and a job uses node 'raw' on top of that"
     )
     job.release()
-    async with graph.quiesced([disk]):
-        graph.put_over(large, disk)
+    async with graph.places.quiesced([disk]):
+        graph.places.put_over(large, disk)
     assert (raw.size_bytes, part.size_bytes) == (2 * SIZE, 512)
     await raw.write(SIZE, memoryview(b"data"))
     assert raw.bitmaps.get("b").usable_bits().count_bytes == 512
@@ -334,8 +334,8 @@ async def test_a_node_that_shows_a_job_is_not_in_the_way(graph: Graph) -> None:
     job = "block job 'j'"
     graph.hold(disk, job, Role.SOURCE, writes=False, alone=True)
     graph.hold(shown, job, Role.TARGET, writes=False)
-    async with graph.quiesced([disk]):
-        graph.put_over(overlay, disk)
+    async with graph.places.quiesced([disk]):
+        graph.places.put_over(overlay, disk)
     assert shown.driver.children == {Role.FILE: overlay}
 
 

@@ -78,7 +78,7 @@ def overlay(name: str | None = "top", **options: Any) -> OverlayOptions:
 
 async def test_children_are_claimed_by_role_and_go_with_their_parent(subject: Subject) -> None:
     top = await subject.open(overlay())
-    below = {node.name: node for node in subject.graph.below(top)}
+    below = {node.name: node for node in subject.graph.standing.below(top)}
     assert len(below) == 2
     assert [claim.user for claim in below["base"].users.of(Role.BACKING)] == ["node 'top'"]
     with pytest.raises(BlockdError, match="node is used as backing hd of 'top'"):

@@ -78,8 +78,8 @@ async def test_a_flush_of_the_overlay_covers_what_the_node_was_told() -> None:
     """The guest knows of one disk only."""
     async with rig() as made:
         file = made.drivers["file"]
-        async with made.graph.quiesced([made.nodes["disk"]]):
-            made.graph.put_over(made.nodes["overlay"], made.nodes["disk"])
+        async with made.graph.places.quiesced([made.nodes["disk"]]):
+            made.graph.places.put_over(made.nodes["overlay"], made.nodes["disk"])
         await made.write("file", 0, 512)
         file.fail("flush", errno.EIO)
         with pytest.raises(OSError, match="Input/output error"):

@@ -99,7 +99,7 @@ async def at_one_instant(services: Services, actions: Sequence[Action]) -> Async
             settling.push_async_callback(_settle, action, instant)
             await action.stage()
         nodes = {node for action in actions for node in action.nodes()}
-        async with services.graph.quiesced(nodes):
+        async with services.graph.places.quiesced(nodes):
             yield instant
 
 
@@ -112,7 +112,9 @@ def _begin(services: Services, actions: Sequence[Action], *, grouped: bool) -> N
     jobs = [(action.job, list(action.nodes())) for action in actions if action.job is not None]
     if grouped and jobs:
         nodes = [node for _, used in jobs for node in used]
-        groups = [Group([job for job, _ in jobs], partial(services.graph.quiesced, nodes))]
+        groups = [Group([job for job, _ in jobs], partial(services.graph.places.quiesced, nodes))]
     else:
-        groups = [Group([job], partial(services.graph.quiesced, nodes)) for job, nodes in jobs]
+        groups = [
+            Group([job], partial(services.graph.places.quiesced, nodes)) for job, nodes in jobs
+        ]
     services.jobs.begin(groups)

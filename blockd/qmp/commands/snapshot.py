@@ -67,7 +67,7 @@ class _Snapshot(Action):
             raise BlockdError("IO error has occurred")
         overlay = self._find_overlay()
         _check_overlay(overlay)
-        return Change(undo=self._graph.put_over(overlay, node))
+        return Change(undo=self._graph.places.put_over(overlay, node))
 
     async def settle(self, *, committed: bool) -> None:
         if committed and self._staged is not None:
