@@ -47,6 +47,12 @@ VALUES: list[tuple[str, str, list[Any]]] = [
     ("*-backup", "device", ["free", "nope", "", "src", "dst"]),
     ("blockdev-backup", "target", ["spare", "nope", "", "free", "dst"]),
     ("drive-backup", "target", ["DIR/spare.img", "DIR/none/t", "DIR", "", "DIR/dst.img", "nope:t"]),
+    (
+        "blockdev-snapshot-sync",
+        "snapshot-file",
+        ["DIR/spare.img", "DIR/none/s", "DIR", "", "DIR/dst.img", "nope:s"],
+    ),
+    ("blockdev-snapshot-sync", "snapshot-node-name", ["src", "1", "x" * 32]),
     ("object-add", "id", ["obj", "", "1"]),
     ("object-del", "id", ["nope", "", "obj"]),
     ("blockdev-add", "node-name", ["src", "", "1", "a" * 32]),
@@ -61,7 +67,7 @@ VALUES: list[tuple[str, str, list[Any]]] = [
     ("*", "bitmap", [None, "nope", "", "busy", "idle"]),
     *[
         ("*", member, ["nope", "", "src", "dst", "free"])
-        for member in ("node", "node-name", "device", "target", "file", "backing")
+        for member in ("node", "node-name", "device", "target", "file", "backing", "overlay")
     ],
 ]
 

@@ -160,8 +160,9 @@ def _check_overlay(overlay: Node) -> None:
     """Raise ``BlockdError`` unless it can be put on a node."""
     if overlay.users.of(Role.ROOT):
         raise BlockdError("The overlay is already in use")
-    overlay.users.check_not_busy(Role.TARGET)
     if overlay.backing is not None:
         raise BlockdError("The overlay already has a backing image")
     if not overlay.driver.supports_backing:
         raise BlockdError("The overlay does not support backing images")
+    # QEMU does it, and the job goes on writing to what is now the disk.
+    overlay.users.check_not_busy(Role.TARGET)

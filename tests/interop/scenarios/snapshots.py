@@ -222,6 +222,26 @@ SCENARIOS = [
         ],
     ),
     Scenario(
+        "snapshot-with-a-job-s-target",
+        [
+            *LIVE,
+            *image("q"),
+            node("m"),
+            backup(device="m", target="q", speed=1),
+            Asleep(),
+            Differs(
+                snapshot("n", "q"),
+                "the job would go on writing to the disk that guests see",
+                refused("Node 'q' is busy: block device is in use by block job: backup"),
+            ),
+            Write("n", 0, 10),
+            do("block-job-cancel", device="j"),
+            without_guest("e"),
+            delete("q"),
+            delete("n"),
+        ],
+    ),
+    Scenario(
         "snapshot-sync-live",
         [
             *LIVE,
