@@ -17,6 +17,7 @@ import trio
 from blockd import limits
 from blockd.errors import WouldBlock
 from blockd.nbd.channel import Channel, ClientGone
+from blockd.nbd.chunks import error_reply
 from blockd.nbd.export import Export, RequestError
 from blockd.nbd.replies import SimpleReplies, StructuredReplies
 from blockd.nbd.wire import (
@@ -28,7 +29,6 @@ from blockd.nbd.wire import (
     CmdFlag,
     ProtocolError,
     Request,
-    error_reply,
     parse_request,
 )
 
@@ -159,7 +159,7 @@ class Connection:
                         break
                     write_nowait(offset, view[data : data + length])
                     start = data + length
-                    put_done(out, used, cookie)
+                    put_done(out, used, cookie, offset)
                     used += done_bytes
                     writes += 1
                     if offset + length > highest:  # noqa: PLR1730 - a call costs more
@@ -353,9 +353,9 @@ class Connection:
     def _done(self, request: Request) -> memoryview:
         """The reply to a request that succeeded and has no data to return."""
         if request.type == CMD_READ:
-            return memoryview(self._replies.empty_read(request.cookie))
+            return memoryview(self._replies.empty_read(request))
         reply = memoryview(bytearray(self._replies.done_bytes))
-        self._replies.put_done(reply, 0, request.cookie)
+        self._replies.put_done(reply, 0, request.cookie, request.offset)
         return reply
 
     async def _send_failure(self, request: Request, error: OSError) -> None:
@@ -363,5 +363,5 @@ class Connection:
         await self._send_error(request, number, os.strerror(number))
 
     async def _send_error(self, request: Request, number: int, message: str) -> None:
-        reply = error_reply(request.cookie, number, message, structured=self._replies.structured)
+        reply = error_reply(request, number, message, self._replies.headers)
         await self._channel.send(memoryview(reply))

@@ -11,8 +11,6 @@ from enum import IntEnum, IntFlag
 from struct import Struct
 from typing import Final, NamedTuple
 
-from blockd import limits
-
 
 class ProtocolError(Exception):
     """The other end broke a rule, and its bytes make no sense any more: disconnecting is left."""
@@ -64,6 +62,7 @@ class TransmissionFlag(IntFlag):
     CAN_MULTI_CONN = 1 << 8
     SEND_CACHE = 1 << 10
     SEND_FAST_ZERO = 1 << 11
+    BLOCK_STATUS_PAYLOAD = 1 << 12
 
 
 class Option(IntEnum):
@@ -115,18 +114,34 @@ def option_reply(option: int, reply: Rep, data: bytes = b"") -> bytes:
 
 
 # --- transmission phase ("Request message", "Structured reply types", "Request types") --------
+# What concerns extended headers is in the branch ``extension-ext-header`` of that repository.
 
 REQUEST_MAGIC: Final = 0x25609513
+EXTENDED_REQUEST_MAGIC: Final = 0x21E41C71
 SIMPLE_REPLY_MAGIC: Final = 0x67446698
 STRUCTURED_REPLY_MAGIC: Final = 0x668E33EF
+EXTENDED_REPLY_MAGIC: Final = 0x6E8A278C
 
 REQUEST: Final = Struct(">IHHQQI")  # magic, CmdFlag, Cmd, cookie, offset, length
+EXTENDED_REQUEST: Final = Struct(">IHHQQQ")  # the same, with a longer length
 SIMPLE_REPLY: Final = Struct(">IIQ")  # magic, Errno or 0, cookie
 STRUCTURED_HEADER: Final = Struct(">IHHQI")  # magic, ReplyFlag, ReplyType, cookie, length
+#: Magic, ReplyFlag, ReplyType, cookie, the request's offset, length.
+EXTENDED_HEADER: Final = Struct(">IHHQQQ")
 #: A structured header and the payload's offset; the data follows. ``length`` counts offset + data.
 OFFSET_DATA_HEADER: Final = Struct(">IHHQIQ")
+EXTENDED_OFFSET_DATA_HEADER: Final = Struct(">IHHQQQQ")  # the same with an extended header
 ERROR_PAYLOAD: Final = Struct(">IH")  # Errno, length of the message, which follows
 OFFSET: Final = Struct(">Q")  # the end of an ERROR_OFFSET payload
+HOLE: Final = Struct(">QI")  # an OFFSET_HOLE payload: offset, length
+
+
+class Headers(IntEnum):
+    """What the messages look like: each includes what those before it can do."""
+
+    SIMPLE = 0
+    STRUCTURED = 1
+    EXTENDED = 2
 
 
 class Cmd(IntEnum):
@@ -150,6 +165,7 @@ class CmdFlag(IntFlag):
     DF = 1 << 2
     REQ_ONE = 1 << 3
     FAST_ZERO = 1 << 4
+    PAYLOAD_LEN = 1 << 5
 
 
 class ReplyFlag(IntFlag):
@@ -165,8 +181,16 @@ class ReplyType(IntEnum):
     OFFSET_DATA = 1
     OFFSET_HOLE = 2
     BLOCK_STATUS = 5
+    BLOCK_STATUS_EXT = 6
     ERROR = 2**15 + 1
     ERROR_OFFSET = 2**15 + 2
+
+
+class State(IntFlag):
+    """What ``base:allocation`` says of a run."""
+
+    HOLE = 1 << 0
+    ZERO = 1 << 1
 
 
 class Errno(IntEnum):
@@ -211,45 +235,33 @@ class Request(NamedTuple):
     length: int
 
 
-def parse_request(buffer: bytes | bytearray | memoryview, position: int = 0) -> Request | None:
+def parse_request(
+    buffer: bytes | bytearray | memoryview, position: int = 0, *, extended: bool = False
+) -> Request | None:
     """The request whose header starts at ``position``; None while the header is incomplete.
 
     Raises:
         ProtocolError: there is no request: the magic number is wrong.
     """
-    if len(buffer) - position < REQUEST.size:
+    form, expected = _REQUESTS[extended]
+    if len(buffer) - position < form.size:
         return None
-    magic, *fields = REQUEST.unpack_from(buffer, position)
-    if magic != REQUEST_MAGIC:
+    magic, *fields = form.unpack_from(buffer, position)
+    if magic != expected:
         raise ProtocolError(f"bad request magic 0x{magic:08x}")
     return Request(*fields)
 
 
-def error_reply(
-    cookie: int, errno: int | None, message: str, *, structured: bool, offset: int | None = None
-) -> bytes:
-    """The whole (or the end of a) reply to a request that failed.
-
-    Args:
-        cookie: the request's.
-        errno: the host's error number, an ``OSError.errno``.
-        message: for the user; a simple reply has no room for it.
-        structured: whether the client has negotiated structured replies.
-        offset: where on the export a READ failed, if known; what was sent of it below is valid.
-    """
-    error = nbd_errno(errno)
-    if not structured:
-        return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)
-    text = encode_string(message, limits.NBD_STRING_BYTES)
-    payload = ERROR_PAYLOAD.pack(error, len(text)) + text
-    if offset is None:
-        return _chunk(ReplyType.ERROR, cookie, payload)
-    return _chunk(ReplyType.ERROR_OFFSET, cookie, payload + OFFSET.pack(offset))
+def request_header(request: Request, *, extended: bool = False) -> bytes:
+    """A request as it is sent, without its payload."""
+    form, magic = _REQUESTS[extended]
+    return form.pack(magic, *request)
 
 
-def none_chunk(cookie: int) -> bytes:
-    """The end of a structured reply that has nothing more to say."""
-    return _chunk(ReplyType.NONE, cookie, b"")
+_REQUESTS: Final = {
+    False: (REQUEST, REQUEST_MAGIC),
+    True: (EXTENDED_REQUEST, EXTENDED_REQUEST_MAGIC),
+}
 
 
 def encode_string(text: str, limit_bytes: int) -> bytes:
@@ -261,10 +273,3 @@ def encode_string(text: str, limit_bytes: int) -> bytes:
     if len(data) <= limit_bytes:
         return data
     return data[:limit_bytes].decode(errors="ignore").encode()
-
-
-def _chunk(kind: ReplyType, cookie: int, payload: bytes) -> bytes:
-    header = STRUCTURED_HEADER.pack(
-        STRUCTURED_REPLY_MAGIC, ReplyFlag.DONE, kind, cookie, len(payload)
-    )
-    return header + payload

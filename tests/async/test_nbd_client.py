@@ -12,6 +12,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from blockd.nbd import wire
+from blockd.nbd.chunks import error_reply
 from blockd.nbd.client.connection import Connection
 from blockd.nbd.client.handshake import Export
 from blockd.nbd.client.stream import Stream
@@ -84,7 +85,7 @@ async def test_a_reply_in_pieces_out_of_order() -> None:
             data_chunk(request, 2048, DATA[2048:]),
             hole_chunk(request, 512, 1536),
             data_chunk(request, 0, DATA[:512]),
-            wire.none_chunk(request.cookie),
+            chunk(request.cookie, ReplyType.NONE, b""),
         )
     assert view == DATA[:512] + bytes(1536) + DATA[2048:]
 
@@ -115,7 +116,8 @@ async def test_an_error_is_the_requests_own(*, simple: bool) -> None:
 
         nursery.start_soon(read)
         request = await server.request()
-        reply = wire.error_reply(request.cookie, errno.ENOSPC, "full", structured=not simple)
+        headers = wire.Headers.SIMPLE if simple else wire.Headers.STRUCTURED
+        reply = error_reply(request, errno.ENOSPC, "full", headers)
         await server.send(reply)
         await wait_all_tasks_blocked()
         assert connection.lost is None
@@ -126,9 +128,9 @@ def wrong_replies(request: wire.Request) -> dict[str, bytes]:
     cookie, inside = request.cookie, wire.OFFSET.pack(request.offset)
     return {
         "no magic": b"x" * 20,
-        "no request": wire.none_chunk(cookie + 1),
+        "no request": chunk(cookie + 1, ReplyType.NONE, b""),
         "an unknown chunk": chunk(cookie, 77, b""),
-        "no data": wire.none_chunk(cookie),
+        "no data": chunk(cookie, ReplyType.NONE, b""),
         "data before": data_chunk(request, -1, b"x"),
         "data behind": data_chunk(request, request.length, b"x"),
         "too much data": chunk(cookie, ReplyType.OFFSET_DATA, inside + bytes(513)),
@@ -213,7 +215,7 @@ async def test_a_cancelled_change_ends_before_its_caller() -> None:
         scope.cancel()
         await wait_all_tasks_blocked()
         assert not ended.is_set()
-        await server.send(wire.none_chunk(request.cookie))
+        await server.send(chunk(request.cookie, ReplyType.NONE, b""))
         await ended.wait()
         assert connection.lost is None
 
@@ -248,7 +250,7 @@ async def test_a_request_that_is_cancelled_before_its_turn_is_forgotten() -> Non
         scope.cancel()
         await wait_all_tasks_blocked()
         assert connection.lost is None
-        await server.send(wire.none_chunk(request.cookie + 1))
+        await server.send(chunk(request.cookie + 1, ReplyType.NONE, b""))
         await wait_all_tasks_blocked()
         assert "no request" in str(connection.lost)
 

@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[int, bytes, bytes]] = {
     ),
     "info without data": (Option.INFO, b"", INCONSISTENT),
     "info with too little": (Option.INFO, bytes(5), INCONSISTENT),
-    "info, name beyond the end": (Option.INFO, b"\0\0\0\x04exp\0\0", INCONSISTENT),
+    "info, name beyond the end": (Option.INFO, b"\0\0\0\x06exp\0\0", INCONSISTENT),
     "info, name of 4 GiB": (
         Option.INFO,
         b"\xff\xff\xff\xffexp\0\0",

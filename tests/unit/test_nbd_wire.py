@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from blockd import limits
 from blockd.nbd import wire
-from blockd.nbd.wire import Cmd, Errno, ProtocolError, Rep, Request
+from blockd.nbd.chunks import chunk, error_reply
+from blockd.nbd.wire import Cmd, Errno, Headers, ProtocolError, Rep, ReplyType, Request
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.nbd_codec import Call, NbdError, request_bytes
 from tests.helpers.nbd_handshake import GREETING
@@ -48,6 +49,7 @@ def test_a_client_encodes_requests(text: str, call: Call, request_: Request) -> 
 def test_requests_are_parsed(text: str, call: Call, request_: Request) -> None:
     data = bytes.fromhex(text)
     assert wire.parse_request(data) == request_
+    assert wire.request_header(request_) == data[: wire.REQUEST.size]
     assert wire.parse_request(memoryview(data + b"trailing")) == request_
     assert wire.parse_request(bytearray(b"before" + data), 6) == request_
     for size in range(wire.REQUEST.size):
@@ -114,22 +116,24 @@ def offset_hole(offset: int, length: int, flags: int = wire.DONE) -> bytes:
 
 
 READ = Call(Cmd.READ, 0x1000, 4)
+ASKED = Request(0, Cmd.READ, 1, 0x1000, 4)
+NONE = chunk(ASKED, ReplyType.NONE, extended=False)
 
 #: Each published reply as our server makes it.
 MADE = {
     "write": simple(),
     "read": simple() + b"q\0\0r",
-    "an error without text": wire.error_reply(1, errno.ENOSPC, "lost", structured=False),
-    "none": wire.none_chunk(1),
-    "read of nothing": wire.none_chunk(1),
+    "an error without text": error_reply(ASKED, errno.ENOSPC, "lost", Headers.SIMPLE),
+    "none": NONE,
+    "read of nothing": NONE,
     "offset-data": offset_data(0x1000, b"q\0\0r"),
     "offset-hole": offset_hole(0x1000, 4),
     "a hole, then data, then the end": offset_hole(0x1001, 3, flags=0)
     + offset_data(0x1000, b"q", flags=0)
-    + wire.none_chunk(1),
-    "error": wire.error_reply(1, errno.EINVAL, PAST_THE_END, structured=True),
+    + NONE,
+    "error": error_reply(ASKED, errno.EINVAL, PAST_THE_END, Headers.STRUCTURED),
     "error-offset after some data": offset_data(0x1000, b"q", flags=0)
-    + wire.error_reply(1, errno.EIO, "bad", structured=True, offset=0x1001),
+    + error_reply(ASKED, errno.EIO, "bad", Headers.STRUCTURED, at=0x1001),
 }
 
 
@@ -275,14 +279,14 @@ def test_every_error_has_an_nbd_number(number: int | None, expected: Errno) -> N
 
 
 def test_a_long_message_is_cut_between_characters() -> None:
-    reply = wire.error_reply(1, errno.EIO, "x" + "é" * limits.NBD_STRING_BYTES, structured=True)
+    reply = error_reply(ASKED, errno.EIO, "x" + "é" * limits.NBD_STRING_BYTES, Headers.STRUCTURED)
     result = client_result(READ, reply, structured=True)
     assert result == (Errno.EIO, "x" + "é" * (limits.NBD_STRING_BYTES // 2 - 1))
 
 
 def test_a_message_with_stray_bytes_is_sent_all_the_same() -> None:
     message = b"/disk\xff".decode("utf-8", "surrogateescape")
-    reply = wire.error_reply(1, errno.EIO, message, structured=True)
+    reply = error_reply(ASKED, errno.EIO, message, Headers.STRUCTURED)
     assert client_result(READ, reply, structured=True) == (Errno.EIO, "/disk?")
 
 

@@ -42,6 +42,7 @@ RANK_OF = {
     "blockd.objects": "domain",
     "blockd.nbd": "edges",
     "blockd.nbd.wire": "pure",
+    "blockd.nbd.chunks": "pure",
     "blockd.nbd.handshake": "pure",
     "blockd.nbd.options": "pure",
     "blockd.qmp": "edges",
