@@ -23,9 +23,11 @@ from blockd.block.drivers.throttle import ThrottleDriver
 from blockd.block.graph import Graph
 from blockd.block.holds import Follower, Hold
 from blockd.block.inflight import Gate, Reservations
-from blockd.block.node import BeforeWrite, Node, ReadView
+from blockd.block.journal import Journal
+from blockd.block.node import Node
 from blockd.block.permissions import Access, Claim, Perm, Role, of_image_file
 from blockd.block.reopening import Reopening
+from blockd.block.views import BeforeWrite, ReadView
 
 __all__ = [
     "SECTOR_BYTES",
@@ -46,6 +48,7 @@ __all__ = [
     "Graph",
     "Hold",
     "InjectError",
+    "Journal",
     "NewFile",
     "Node",
     "NullDriver",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import trio
 
@@ -16,40 +16,20 @@ from blockd.block.allocation import Allocation
 from blockd.block.descriptor import Descriptor
 from blockd.block.driver import Driver
 from blockd.block.inflight import Gate
+from blockd.block.journal import Journal
 from blockd.block.permissions import Role, Users
+from blockd.block.views import BeforeWrite, ReadView
 from blockd.errors import BlockdError, WouldBlock
 
 _Result = TypeVar("_Result")
-
-
-class BeforeWrite(Protocol):
-    """A point-in-time view's hook: it keeps what a write is about to overwrite."""
-
-    def before_write_nowait(self, offset: int, length: int) -> bool:
-        """Whether the range's old data is safe already; False sends the write the async way."""
-        ...
-
-    async def before_write(self, offset: int, length: int) -> None:
-        """Return once the range's old data is safe, or once this view has given up on it.
-
-        An ``OSError`` fails the write: for a view that may not be lost.
-        """
-        ...
-
-
-class ReadView(Protocol):
-    """What readers of a node get in place of what its driver has; as ``Driver`` defines it."""
-
-    async def read(self, offset: int, view: memoryview) -> None: ...
-    async def allocation(self, offset: int, length: int) -> Sequence[Allocation]: ...
 
 
 class Node:
     """The device layer's unit: every read and write of a guest, an export or a job passes here.
 
     Invariant: a write reaches the driver only after it is noted in ``bitmaps.recent`` (which is
-    folded into every recording bitmap before any of them is read or changed) and after every
-    hook holds the range's old data.
+    folded into every recording bitmap before any of them is read or changed), after its journal,
+    if it has one, has taken note of it, and after every hook holds the range's old data.
 
     ``read_nowait`` and ``write_nowait`` finish at once or raise ``WouldBlock``; they are looked
     up anew for each burst, because ``_choose_path`` puts the shortest one that is right in place
@@ -75,6 +55,7 @@ class Node:
         #: Those whose place this one has taken, and which have not been flushed since.
         self._unflushed: set[Node] = set()
         self._hooks: tuple[BeforeWrite, ...] = ()
+        self._journal: Journal | None = None
         self._view: ReadView | None = None
         self._gate = Gate(on_change=self._choose_path)
         self._reads = Gate(on_change=self._choose_path)
@@ -105,6 +86,8 @@ class Node:
         self.read_nowait = self.driver.read_nowait if readable else self._refuse
         if self._gate.closed or self.read_only:
             self._write_unwatched = self._refuse
+        elif self._journal is not None:
+            self._write_unwatched = self._write_journaled
         elif self._hooks:
             self._write_unwatched = self._write_hooked
         elif self.bitmaps.any_recording:
@@ -122,6 +105,14 @@ class Node:
         recent.append((offset, length))
         if len(recent) >= limits.RECENT_WRITES_LIMIT:
             self.bitmaps.fold()
+
+    def _write_journaled(self, offset: int, view: memoryview) -> None:
+        if self._journal is None or not self._journal.note_nowait(offset, len(view)):
+            raise WouldBlock
+        if self._hooks:
+            self._write_hooked(offset, view)
+        else:
+            self._write_noted(offset, view)
 
     def _write_noted(self, offset: int, view: memoryview) -> None:
         self._note(offset, len(view))
@@ -255,6 +246,8 @@ class Node:
         try:
             # Now, for it may have become read-only while the gate was shut.
             self._check_writable()
+            if self._journal is not None:
+                await self._journal.note(offset, length)
             self._note(offset, length)
             if not discard:
                 self._look_at_write(offset + length)
@@ -360,6 +353,17 @@ class Node:
     def show(self, view: ReadView | None) -> None:
         """Let readers from now on get ``view``; None: what the driver has."""
         self._view = view
+        self._choose_path()
+
+    @property
+    def journal(self) -> Journal | None:
+        """What takes note of every write before it happens, if anything does."""
+        return self._journal
+
+    def keep_journal(self, journal: Journal | None) -> None:
+        """Let writes be noted there from now on; only while quiesced, so that it misses none."""
+        assert self._gate.closed
+        self._journal = journal
         self._choose_path()
 
     def add_hook(self, hook: BeforeWrite) -> None:
