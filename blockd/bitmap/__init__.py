@@ -11,6 +11,7 @@ from blockd.bitmap.node_bitmaps import (
     check_granularity,
     default_granularity_bytes,
 )
+from blockd.bitmap.reason import Reason
 from blockd.bitmap.states import Frozen, Pinned, Recording, State, Stopped
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "NodeBitmaps",
     "Pin",
     "Pinned",
+    "Reason",
     "Recording",
     "State",
     "Stopped",

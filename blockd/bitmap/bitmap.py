@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, assert_never
 
 from blockd.bitmap.bits import Bits
+from blockd.bitmap.reason import Reason
 from blockd.bitmap.states import Frozen, Pinned, Recording, State, Stopped, idle
 from blockd.errors import BlockdError
 
@@ -101,6 +102,10 @@ class DirtyBitmap:
         self.name = name
         #: Whether the bitmap is to be kept when the daemon ends.
         self.persistent = False
+        #: Rises when bits change in another way than by guest writes: then all of them may have.
+        self.version = 0
+        #: Why it came back other than it was; None once that is cleared or backed up.
+        self.reason: Reason | None = None
 
     @property
     def state(self) -> State:
@@ -166,6 +171,7 @@ class DirtyBitmap:
         """Forget every mark; the result is what was marked, for ``put_back``."""
         bits = self.usable_bits()
         self.put_back(bits.empty_copy())
+        self.reason = None
         return bits
 
     def merge_from(self, sources: Sequence[Bits]) -> Bits:
@@ -186,6 +192,7 @@ class DirtyBitmap:
         """Mark what is marked in ``bits``, and nothing else; they are given away with the call."""
         self._owner.fold()
         self._become(idle(bits, recording=isinstance(self._usable(), Recording)))
+        self.version += 1
 
     def freeze(self, job: str) -> Freeze:
         """Set the bits aside for ``job``; guest writes are marked in a successor from now on.
@@ -206,6 +213,7 @@ class DirtyBitmap:
 
     def resize(self, size_bytes: int) -> None:
         """Follow the node to a new size, in every state."""
+        self.version += 1
         match self.state:
             case Recording(bits=bits) | Stopped(bits=bits) | Pinned(bits=bits):
                 bits.resize(size_bytes)
@@ -248,6 +256,8 @@ class DirtyBitmap:
             keep.resize(frozen.successor.size_bytes)
             frozen.successor.merge(keep)
         self.rank = frozen.successor_rank
+        self.reason = None
+        self.version += 1
         self._become(idle(frozen.successor, recording=frozen.recording))
 
     def _frozen(self) -> Frozen:
