@@ -52,6 +52,8 @@ QCOW2_SNAPSHOTS = 65536
 #: Bitmaps in one image, and the bytes of the directory that describes them.
 QCOW2_BITMAPS = 65535
 QCOW2_BITMAP_DIRECTORY_BYTES = 1024 * QCOW2_BITMAPS
+#: What the bits of one of them may take in the image.
+QCOW2_BITMAP_BYTES = 512 * MIB
 #: The table of one bitmap, which names the clusters that hold its bits.
 QCOW2_BITMAP_TABLE_BYTES = 64 * MIB
 #: Images of a backing chain that are opened by the names in them: no fewer than ``NODE_LEVELS``.

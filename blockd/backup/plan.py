@@ -148,7 +148,7 @@ def choose_bitmap(request: BackupRequest, bitmaps: NodeBitmaps) -> UsedBitmap | 
     bitmap = _find_bitmap(request.bitmap, bitmaps)
     if mode is None:
         raise BlockdError("Bitmap sync mode must be given when providing a bitmap")
-    bitmap.check_usable()
+    bitmap.check_usable(to_change=mode is not BitmapMode.NEVER)
     if sync is Sync.NONE:
         raise BlockdError(f"sync mode '{sync}' does not produce meaningful bitmap outputs")
     if not sync.by_bitmap and mode is BitmapMode.NEVER:

@@ -5,14 +5,9 @@ Pure: no clock, no files, no tasks. All calls are plain functions.
 
 from blockd.bitmap.bitmap import DirtyBitmap, Freeze, Pin
 from blockd.bitmap.bits import Bits
-from blockd.bitmap.node_bitmaps import (
-    BitmapInfo,
-    NodeBitmaps,
-    check_granularity,
-    default_granularity_bytes,
-)
+from blockd.bitmap.node_bitmaps import BitmapInfo, NodeBitmaps, default_granularity_bytes
 from blockd.bitmap.reason import Reason
-from blockd.bitmap.states import Frozen, Pinned, Recording, State, Stopped
+from blockd.bitmap.states import Frozen, Inconsistent, Pinned, Recording, State, Stopped
 
 __all__ = [
     "BitmapInfo",
@@ -20,6 +15,7 @@ __all__ = [
     "DirtyBitmap",
     "Freeze",
     "Frozen",
+    "Inconsistent",
     "NodeBitmaps",
     "Pin",
     "Pinned",
@@ -27,6 +23,5 @@ __all__ = [
     "Recording",
     "State",
     "Stopped",
-    "check_granularity",
     "default_granularity_bytes",
 ]

@@ -7,7 +7,15 @@ from typing import Protocol, assert_never
 
 from blockd.bitmap.bits import Bits
 from blockd.bitmap.reason import Reason
-from blockd.bitmap.states import Frozen, Pinned, Recording, State, Stopped, idle
+from blockd.bitmap.states import (
+    Frozen,
+    Inconsistent,
+    Pinned,
+    Recording,
+    State,
+    Stopped,
+    idle,
+)
 from blockd.errors import BlockdError
 
 
@@ -92,20 +100,20 @@ class DirtyBitmap:
     is complete, and a write is marked by the state in which it arrived.
     """
 
-    def __init__(
-        self, owner: Owner, name: str, size_bytes: int, granularity_bytes: int, *, disabled: bool
-    ) -> None:
+    def __init__(self, owner: Owner, name: str, state: Recording | Stopped | Inconsistent) -> None:
         self._owner = owner
-        self._state: State = idle(Bits(size_bytes, granularity_bytes), recording=not disabled)
+        self._state: State = state
         #: The place in the node's listing; the newer, the higher.
         self.rank = owner.next_rank()
         self.name = name
-        #: Whether the bitmap is to be kept when the daemon ends.
+        #: Whether the bitmap is to be kept in the image.
         self.persistent = False
         #: Rises when bits change in another way than by guest writes: then all of them may have.
         self.version = 0
         #: Why it came back other than it was; None once that is cleared or backed up.
         self.reason: Reason | None = None
+        #: Whether it must stay as it is in the image, which can't be written to.
+        self.read_only = False
 
     @property
     def state(self) -> State:
@@ -129,7 +137,7 @@ class DirtyBitmap:
                 return bits
             case Frozen(successor=successor, recording=True):
                 return successor
-            case Stopped() | Frozen() | Pinned():
+            case Stopped() | Frozen() | Pinned() | Inconsistent():
                 return None
             case _ as never:
                 assert_never(never)
@@ -138,6 +146,11 @@ class DirtyBitmap:
     def busy(self) -> bool:
         """Whether a job or an export uses the bitmap."""
         return isinstance(self._state, Frozen | Pinned)
+
+    @property
+    def inconsistent(self) -> bool:
+        """Whether nobody knows what is dirty; such a bitmap can only be removed."""
+        return isinstance(self._state, Inconsistent)
 
     @property
     def count_bytes(self) -> int:
@@ -150,14 +163,36 @@ class DirtyBitmap:
         self._owner.fold()
         return self._named_bits.copy()
 
-    def check_usable(self) -> None:
-        """Raise ``BlockdError`` where the bitmap is in use, as every command about it would."""
+    def check_usable(self, *, to_change: bool) -> None:
+        """Raise ``BlockdError`` where a command about the bitmap would be refused.
+
+        ``to_change``: one that changes it, which a read-only one does not stand.
+        """
+        self._check_idle()
+        if to_change:
+            self._check_writable()
         self._usable()
 
+    def check_removable(self) -> None:
+        """Raise ``BlockdError`` where the bitmap may not be removed now."""
+        self._check_idle()
+        self._check_writable()
+
     def usable_bits(self) -> Bits:
-        """The bits, to be merged elsewhere; ``BlockdError`` where the bitmap is in use."""
+        """The bits, to be merged elsewhere; ``BlockdError`` where the bitmap can't be used."""
         self._owner.fold()
         return self._usable().bits
+
+    def bits_to_keep(self) -> Bits:
+        """A copy of all that is marked; of a frozen one too, whose job may fail after this."""
+        bits = self.copy_bits()
+        if isinstance(self._state, Frozen):
+            bits.merge(self._state.successor)
+        return bits
+
+    def _bits_to_change(self) -> Bits:
+        self.check_usable(to_change=True)
+        return self.usable_bits()
 
     def enable(self) -> None:
         """Mark guest writes from now on. Nothing happens where that is so already."""
@@ -169,7 +204,7 @@ class DirtyBitmap:
 
     def clear(self) -> Bits:
         """Forget every mark; the result is what was marked, for ``put_back``."""
-        bits = self.usable_bits()
+        bits = self._bits_to_change()
         self.put_back(bits.empty_copy())
         self.reason = None
         return bits
@@ -179,7 +214,7 @@ class DirtyBitmap:
 
         The result is what was marked before, for ``put_back``.
         """
-        bits = self.usable_bits()
+        bits = self._bits_to_change()
         for source in sources:
             bits.check_same_size(source)
         merged = bits.copy()
@@ -211,11 +246,23 @@ class DirtyBitmap:
         self._become(Pinned(bits, self.recording, holder))
         return Pin(self._release)
 
+    def pin_to_remove(self) -> Callable[[], None]:
+        """Keep all others from the bitmap until what this returns is called, to remove it then."""
+        self.check_removable()
+        if isinstance(self._state, Inconsistent):
+            return _nothing  # nobody can use it
+        return self.pin("its removal").release
+
     def resize(self, size_bytes: int) -> None:
         """Follow the node to a new size, in every state."""
         self.version += 1
         match self.state:
-            case Recording(bits=bits) | Stopped(bits=bits) | Pinned(bits=bits):
+            case (
+                Recording(bits=bits)
+                | Stopped(bits=bits)
+                | Pinned(bits=bits)
+                | Inconsistent(bits=bits)
+            ):
                 bits.resize(size_bytes)
             case Frozen(snapshot=snapshot, successor=successor):
                 snapshot.resize(size_bytes)
@@ -226,7 +273,12 @@ class DirtyBitmap:
     @property
     def _named_bits(self) -> Bits:
         match self._state:
-            case Recording(bits=bits) | Stopped(bits=bits) | Pinned(bits=bits):
+            case (
+                Recording(bits=bits)
+                | Stopped(bits=bits)
+                | Pinned(bits=bits)
+                | Inconsistent(bits=bits)
+            ):
                 return bits
             case Frozen(snapshot=snapshot):
                 return snapshot
@@ -234,11 +286,20 @@ class DirtyBitmap:
                 assert_never(never)
 
     def _usable(self) -> Recording | Stopped:
+        self._check_idle()
         if isinstance(self._state, Recording | Stopped):
             return self._state
-        raise BlockdError(
-            f"Bitmap '{self.name}' is currently in use by another operation and cannot be used"
-        )
+        raise BlockdError(f"Bitmap '{self.name}' is inconsistent and cannot be used")
+
+    def _check_idle(self) -> None:
+        if self.busy:
+            raise BlockdError(
+                f"Bitmap '{self.name}' is currently in use by another operation and cannot be used"
+            )
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise BlockdError(f"Bitmap '{self.name}' is readonly and cannot be modified")
 
     def _become(self, state: State) -> None:
         self._state = state
@@ -269,3 +330,7 @@ class DirtyBitmap:
         state = self.state
         assert isinstance(state, Pinned), "only the token of a pin ends it"
         self._become(idle(state.bits, recording=state.recording))
+
+
+def _nothing() -> None:
+    """Nothing is left to be done."""

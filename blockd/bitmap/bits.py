@@ -10,6 +10,7 @@ from operator import sub
 from pyroaring import BitMap64
 
 from blockd import limits
+from blockd.bitmap.packed import CONTAINER_BYTES, CONTAINER_GRANULES, pack, unpack
 from blockd.errors import BlockdError
 from blockd.extent import Extent
 
@@ -157,6 +158,32 @@ class Bits:
         for piece in self._packed():
             sha.update(piece)
         return sha.hexdigest()
+
+    def packed(self, first: int, count: int) -> bytes:
+        """The bits of ``count`` granules from ``first`` on, both multiples of 8; beyond the end
+        they are 0. The lowest bit of the first byte is that of ``first``.
+        """
+        pieces: list[bytes] = []
+        end = first + count
+        for base in range(first - first % CONTAINER_GRANULES, end, CONTAINER_GRANULES):
+            start, stop = max(first, base), min(end, base + CONTAINER_GRANULES)
+            granules = BitMap64()
+            granules.add_range(start, stop)
+            granules &= self._granules
+            bits = pack(base, granules) if granules else bytes(CONTAINER_BYTES)
+            pieces.append(bits[(start - base) // 8 : (stop - base) // 8])
+        return b"".join(pieces)
+
+    def add_packed(self, first: int, data: bytes) -> None:
+        """Mark what ``packed`` gave for ``first``; bits beyond the end are dropped."""
+        end = first + 8 * len(data)
+        for base in range(first - first % CONTAINER_GRANULES, end, CONTAINER_GRANULES):
+            start, stop = max(first, base), min(end, base + CONTAINER_GRANULES)
+            piece = data[(start - first) // 8 : (stop - first) // 8]
+            if piece.count(0) != len(piece):
+                padded = bytes((start - base) // 8) + piece
+                self._granules |= unpack(base, padded.ljust(CONTAINER_BYTES, b"\0"))
+        self._drop_beyond_end()
 
     def _packed(self) -> Iterator[bytes]:
         """All bits, the lowest first, in pieces of whole words; one word at least."""

@@ -9,7 +9,7 @@ from itertools import count
 from blockd import limits
 from blockd.bitmap.bitmap import DirtyBitmap
 from blockd.bitmap.bits import Bits
-from blockd.bitmap.states import Frozen
+from blockd.bitmap.states import Frozen, Inconsistent, Recording, Stopped, idle
 from blockd.errors import BlockdError
 
 
@@ -23,6 +23,7 @@ class BitmapInfo:
     recording: bool
     busy: bool
     persistent: bool
+    inconsistent: bool = False
 
 
 def default_granularity_bytes(cluster_size_bytes: int | None) -> int:
@@ -61,14 +62,31 @@ class NodeBitmaps:
         Raises ``BlockdError`` for a name that is empty, too long or taken, and for a granularity
         that is no power of two, or out of range.
         """
-        self._check_new(name, granularity_bytes)
+        self.check_new(name, granularity_bytes)
+        bits = Bits(self._size_bytes, granularity_bytes)
+        return self._put(name, idle(bits, recording=not disabled))
+
+    def add_kept(
+        self, name: str, state: Recording | Stopped | Inconsistent, *, read_only: bool
+    ) -> DirtyBitmap:
+        """Put in a bitmap that outlived an earlier node; its bits are given away with the call.
+
+        Raises ``BlockdError`` where it can't be one.
+        """
+        self.check_new(name, state.bits.granularity_bytes)
+        bitmap = self._put(name, state)
+        bitmap.persistent, bitmap.read_only = True, read_only
+        return bitmap
+
+    def _put(self, name: str, state: Recording | Stopped | Inconsistent) -> DirtyBitmap:
         self.fold()
-        bitmap = DirtyBitmap(self, name, self._size_bytes, granularity_bytes, disabled=disabled)
+        bitmap = DirtyBitmap(self, name, state)
         self._bitmaps[name] = bitmap
         self.recording_changed()
         return bitmap
 
-    def _check_new(self, name: str, granularity_bytes: int) -> None:
+    def check_new(self, name: str, granularity_bytes: int) -> None:
+        """Raise the ``BlockdError`` with which ``add`` would refuse these."""
         _check_granularity_type(granularity_bytes)
         if not name:
             raise BlockdError("Bitmap name cannot be empty")
@@ -79,9 +97,8 @@ class NodeBitmaps:
             raise BlockdError(f"Bitmap already exists: {name}")
 
     def remove(self, name: str) -> None:
-        """Forget a bitmap; ``BlockdError`` where it does not exist or is in use."""
-        bitmap = self.get(name)
-        bitmap.check_usable()
+        """Forget a bitmap; ``BlockdError`` where it does not exist, is in use or read-only."""
+        self.get(name).check_removable()
         del self._bitmaps[name]
         self.recording_changed()
 
@@ -92,9 +109,17 @@ class NodeBitmaps:
             raise BlockdError(f"Dirty bitmap '{name}' not found")
         return bitmap
 
+    def has(self, name: str) -> bool:
+        """Whether there is a bitmap of that name."""
+        return name in self._bitmaps
+
     def list(self) -> tuple[DirtyBitmap, ...]:
         """All bitmaps, the newest first."""
         return tuple(sorted(self._bitmaps.values(), key=lambda bitmap: -bitmap.rank))
+
+    def kept(self) -> Sequence[DirtyBitmap]:
+        """Those that are to outlive the node, the newest first."""
+        return [bitmap for bitmap in self.list() if bitmap.persistent]
 
     def infos(self) -> tuple[BitmapInfo, ...]:
         """What a query shows: the newest first, a successor being as new as its freeze."""
@@ -196,6 +221,7 @@ def _ranked_infos(bitmap: DirtyBitmap) -> Iterator[tuple[int, BitmapInfo]]:
             recording=bitmap.recording,
             busy=bitmap.busy,
             persistent=bitmap.persistent,
+            inconsistent=bitmap.inconsistent,
         ),
     )
     if isinstance(state, Frozen):

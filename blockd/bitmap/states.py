@@ -3,6 +3,7 @@
     Recording <-> Stopped         enable, disable
     Recording, Stopped -> Frozen  freeze; back by reclaim or abdicate
     Recording, Stopped -> Pinned  pin; back by release
+    Inconsistent                  for good
 
 *Stopped* and *Frozen* differ: a stopped bitmap takes no guest writes but is free to be changed by
 commands; a frozen one is in use and refuses them, while its successor takes the guest writes.
@@ -53,7 +54,17 @@ class Pinned:
     holder: str
 
 
-State = Recording | Stopped | Frozen | Pinned
+@dataclass(frozen=True, slots=True)
+class Inconsistent:
+    """Nobody knows what changed: it was in use when its image was last left.
+
+    It can only be removed. ``bits`` are empty, and have its granularity and the node's size.
+    """
+
+    bits: Bits
+
+
+State = Recording | Stopped | Frozen | Pinned | Inconsistent
 
 
 def idle(bits: Bits, *, recording: bool) -> Recording | Stopped:

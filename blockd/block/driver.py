@@ -14,6 +14,7 @@ from blockd.errors import BlockdError, WouldBlock
 if TYPE_CHECKING:
     # It stands on system calls that speak of allocation, as this module defines it.
     from blockd.block.allocation import Allocation
+    from blockd.block.bitmap_store import BitmapStore
     from blockd.block.node import Node
 from blockd.block.accounting import Counts
 from blockd.block.descriptor import Descriptor
@@ -58,6 +59,9 @@ class Driver(ABC):
     #: How often it came back to storage that may have lost completed writes which no flush had
     #: made durable yet.
     doubts: int = 0
+
+    #: Where the storage keeps bitmaps of the node while it is not open, if it can.
+    bitmap_store: BitmapStore | None = None
 
     #: What tells the storage from any other, where that can be told.
     identity: tuple[int, int] | None = None

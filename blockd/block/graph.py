@@ -96,7 +96,8 @@ class Graph:
     def add(self, name: str | None, driver: Driver, *, owned: bool, hidden: bool = False) -> Node:
         """Put a node over ``driver`` and its children in. ``name`` None: it gets one of ours.
 
-        ``hidden``: commands don't find it, because it goes with the job that it was made for.
+        ``hidden``: commands don't find it, because it goes with the job that it was made for, or
+        is not ready.
         Raises ``BlockdError``, and then leaves the driver open.
         """
         if name is None:
@@ -282,6 +283,7 @@ class Graph:
             cleanup.push_async_callback(_close, node)
             if not node.read_only:
                 await node.flush()
+                await node.keeper.save()
 
     async def _remove_from_below(self, node: Node) -> None:
         children = self.standing.unlink_all(node)

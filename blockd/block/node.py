@@ -13,6 +13,7 @@ from blockd import limits
 from blockd.bitmap import NodeBitmaps
 from blockd.block.accounting import Accounts, Inline
 from blockd.block.allocation import Allocation
+from blockd.block.bitmap_keeper import BitmapKeeper
 from blockd.block.descriptor import Descriptor
 from blockd.block.driver import Driver
 from blockd.block.inflight import Gate
@@ -61,6 +62,7 @@ class Node:
         self._reads = Gate(on_change=self._choose_path)
         self.bitmaps = NodeBitmaps(driver.size_bytes)
         self.bitmaps.on_change = self._choose_path
+        self.keeper = BitmapKeeper(name, self.bitmaps, driver.bitmap_store)
         self._choose_path()
 
     @property
@@ -292,6 +294,7 @@ class Node:
         if self.read_only:
             raise BlockdError("Image is read-only")
         async with self.quiesced():
+            self.keeper.check_resizable()
             try:
                 await self.driver.truncate(size_bytes)
             finally:
@@ -341,9 +344,20 @@ class Node:
     async def make_read_only(self) -> None:
         """Flush it, and write no more: nobody wants to. Raises ``OSError``."""
         async with self.quiesced():
+            if self.read_only:
+                return
             await self.flush()
-            await self.driver.make_read_only()
+            # From now on nobody can write, so that what is kept now stays right.
             self.read_only = True
+            try:
+                await self.keeper.save()
+                await self.driver.make_read_only()
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self.keeper.resume()
+                self.read_only = False
+                raise
+            self.keeper.set_read_only(read_only=True)
 
     async def close(self) -> None:
         """Close the driver, once all is over that was asked of the node while it had users."""

@@ -142,7 +142,8 @@ async def open_node(
     try:
         driver = await openers[type(options)](opening, options)
         try:
-            return graph.add(options.node_name, driver, owned=owned)
+            # Nobody may write to it before its bitmaps are there.
+            node = graph.add(options.node_name, driver, owned=owned, hidden=True)
         except BaseException:
             # Such as two nodes of one command that wanted the same name.
             with trio.CancelScope(shield=True):
@@ -152,3 +153,11 @@ async def open_node(
         with trio.CancelScope(shield=True):
             await opening.give_up()
         raise
+    try:
+        await node.keeper.load(read_only=node.read_only)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await graph.remove(node)
+        raise
+    graph.show(node)
+    return node

@@ -30,6 +30,7 @@ from blockd.bitmap import (
     DirtyBitmap,
     Freeze,
     Frozen,
+    Inconsistent,
     NodeBitmaps,
     Pin,
     Pinned,
@@ -146,12 +147,16 @@ def kind(state: State) -> tuple[str, bool]:
             return "frozen", recording
         case Pinned(recording=recording):
             return "pinned", recording
+        case Inconsistent():
+            return "inconsistent", False
 
 
 def bits_of(state: State) -> tuple[set[int], set[int]]:
     """The named granules and those of the successor."""
     match state:
-        case Recording(bits=bits) | Stopped(bits=bits) | Pinned(bits=bits):
+        case (
+            Recording(bits=bits) | Stopped(bits=bits) | Pinned(bits=bits) | Inconsistent(bits=bits)
+        ):
             return granules(bits), set()
         case Frozen(snapshot=snapshot, successor=successor):
             return granules(snapshot), granules(successor)

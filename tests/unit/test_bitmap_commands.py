@@ -123,7 +123,8 @@ COMMANDS: dict[str, Callable[[NodeBitmaps], object]] = {
     "merge into": lambda node: node.get("b").merge_from([bits_of(9)]),
     "merge into, of nothing": lambda node: node.get("b").merge_from([]),
     "merge from": lambda node: node.get("b").usable_bits(),
-    "check": lambda node: node.get("b").check_usable(),
+    "check": lambda node: node.get("b").check_usable(to_change=False),
+    "check to change": lambda node: node.get("b").check_usable(to_change=True),
     "freeze": lambda node: node.get("b").freeze("other job"),
     "pin": lambda node: node.get("b").pin("other export"),
 }

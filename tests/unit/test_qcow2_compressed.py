@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockd.block.qcow2.compressed import compress, decompress
@@ -67,6 +67,7 @@ def test_zeroes_are_no_stream(kind: CompressionType) -> None:
         decompress(kind, bytes(512), CLUSTER)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(KINDS), st.integers(0, 200), st.binary(min_size=1, max_size=8))
 def test_damage_gives_a_cluster_or_an_error(
     kind: CompressionType, position: int, damage: bytes

@@ -70,7 +70,7 @@ def test_an_older_header_gets_the_fields_it_lacks() -> None:
 def test_before_writing_what_nobody_keeps_up_to_date_goes() -> None:
     header = replace(PLAIN, autoclear=Autoclear.BITMAPS | 1 << 5 | 1 << 40)
     header = replace(header, extensions=Extensions(bitmaps=BITMAPS))
-    assert parse(header).for_writing() == replace(header, autoclear=0)
+    assert parse(header).for_writing() == replace(header, autoclear=Autoclear.BITMAPS)
 
 
 @pytest.mark.parametrize("version", [2, 3])

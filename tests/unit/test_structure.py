@@ -29,6 +29,7 @@ RANK_OF = {
     "blockd.job": "domain",
     "blockd.job.states": "pure",
     "blockd.block": "domain",
+    "blockd.block.qcow2.bitmap_directory": "pure",
     "blockd.block.qcow2.compressed": "pure",
     "blockd.block.qcow2.extensions": "pure",
     "blockd.block.qcow2.features": "pure",

@@ -1,5 +1,6 @@
 """The qcow2 image format, by QEMU's ``docs/interop/qcow2.txt`` ("the specification" here)."""
 
+from blockd.block.qcow2.bitmap_directory import BitmapEntry, BitmapFlag
 from blockd.block.qcow2.chain import BackingImage, backing_path, find_backing
 from blockd.block.qcow2.create import create_image
 from blockd.block.qcow2.driver import Qcow2Driver
@@ -11,6 +12,8 @@ from blockd.block.qcow2.layout import plan_image
 
 __all__ = [
     "BackingImage",
+    "BitmapEntry",
+    "BitmapFlag",
     "CompressionType",
     "Header",
     "Image",

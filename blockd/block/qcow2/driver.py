@@ -16,11 +16,13 @@ from blockd.block.driver import Driver
 from blockd.block.node import Node
 from blockd.block.permissions import Access, Role, of_backing_file, of_data_file, of_image_file
 from blockd.block.qcow2.allocation import find_allocation
+from blockd.block.qcow2.bitmaps import Qcow2Bitmaps
 from blockd.block.qcow2.chain import backing_path
 from blockd.block.qcow2.entries import CorruptImageError
 from blockd.block.qcow2.features import Incompatible
 from blockd.block.qcow2.header import Header
 from blockd.block.qcow2.image import Changes, Image
+from blockd.block.qcow2.room import ImageRoom
 from blockd.errors import WouldBlock
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,12 @@ class Qcow2Driver(Driver):
         self.flushes = flushes
         self.ignores_discards = not unmap
         self._broken = False
+        self.bitmap_store: Qcow2Bitmaps = Qcow2Bitmaps(ImageRoom(self._image_of_bitmaps))
         self.child_changed()
+
+    def _image_of_bitmaps(self) -> Image:
+        """Their image, which is not written to any more once it was found to be corrupt."""
+        return replace(self._image, changes=None) if self._broken else self._image
 
     def child_changed(self) -> None:
         file = self._image.file.node.driver
@@ -190,6 +197,7 @@ class Qcow2Driver(Driver):
 
     async def close(self) -> None:
         changes = self._image.changes
+        self._image = replace(self._image, header=self.header, changes=None)
         if changes is None or self._broken:
             return
         try:

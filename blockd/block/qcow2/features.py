@@ -44,6 +44,7 @@ class CompressionType(IntEnum):
 
 
 INCOMPATIBLE_MASK = sum(Incompatible)
+AUTOCLEAR_MASK = sum(Autoclear)
 
 _INCOMPATIBLE_TYPE = 0
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from blockd.block.qcow2.extensions import Extensions, to_bytes
 from blockd.block.qcow2.features import (
+    AUTOCLEAR_MASK,
     Autoclear,
     Compatible,
     CompressionType,
@@ -103,15 +104,15 @@ class Header:
     def for_writing(self) -> Header:
         """The header as it must stand in the file before anything else is written to the image.
 
-        What nobody here keeps up to date is gone: unknown autoclear bits, and bitmaps. They would
-        miss what is written from now on, and yet be believed.
+        What nobody here keeps up to date is gone: unknown autoclear bits, and stale bitmaps. Those
+        that are valid stay, and are to be marked as in use before the disk's content changes.
         Raises ``BlockdError`` where the image must not be written to.
         """
         if self.incompatible & Incompatible.CORRUPT:
             raise BlockdError("qcow2: Image is corrupt; cannot be opened read/write")
         return replace(
             self,
-            autoclear=self.autoclear & Autoclear.DATA_FILE_RAW,
+            autoclear=self.autoclear & AUTOCLEAR_MASK,
             extensions=replace(self.extensions, stale_bitmaps=False),
         )
 
@@ -120,6 +121,10 @@ class Header:
     @property
     def cluster_size_bytes(self) -> int:
         return 1 << self.cluster_bits
+
+    def clusters_of(self, offset: int, length: int) -> range:
+        """The file's clusters that these bytes lie in."""
+        return range(offset >> self.cluster_bits, -(-(offset + length) >> self.cluster_bits))
 
     @property
     def refcount_bits(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import trio
@@ -227,6 +227,11 @@ class Metadata:
         await self._file.write(0, memoryview(header.build()))
         await self._file.node.flush()
         self.header = header
+
+    async def change_header(self, change: Callable[[Header], Header]) -> None:
+        """Bring the header as ``change`` makes it to stable storage. Raises ``OSError``."""
+        async with self._one:
+            await self.put_header(change(self.header))
 
     async def _mark_in_use(self) -> None:
         if self.header.version >= 3 and not self.header.incompatible & Incompatible.DIRTY:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import trio
 
-from blockd.bitmap import Bits, DirtyBitmap, check_granularity, default_granularity_bytes
+from blockd.bitmap import Bits, DirtyBitmap, default_granularity_bytes
 from blockd.block import Node
 from blockd.errors import BlockdError
 from blockd.qmp.commands.action import Change
@@ -29,8 +29,8 @@ async def add(services: Services, arguments: BlockDirtyBitmapAdd) -> None:
         do_add(services, arguments).commit()
 
 
-def remove(services: Services, arguments: BlockDirtyBitmapRemove) -> None:
-    do_remove(services, arguments).commit()
+async def remove(services: Services, arguments: BlockDirtyBitmapRemove) -> None:
+    await _node(services, arguments.node).keeper.remove(arguments.name)
 
 
 async def clear(services: Services, arguments: BlockDirtyBitmapClear) -> None:
@@ -56,23 +56,27 @@ def do_add(services: Services, arguments: BlockDirtyBitmapAdd) -> Change:
     granularity_bytes = arguments.granularity
     if granularity_bytes is None:
         granularity_bytes = default_granularity_bytes(node.driver.cluster_size_bytes)
-    check_granularity(granularity_bytes)
+    node.bitmaps.check_new(arguments.name, granularity_bytes)
     if arguments.persistent:
-        raise BlockdError(f"Can't store persistent bitmaps to {node.name}: Operation not supported")
-    node.bitmaps.add(arguments.name, granularity_bytes, disabled=arguments.disabled)
+        node.keeper.check_new(arguments.name, granularity_bytes)
+    bitmap = node.bitmaps.add(arguments.name, granularity_bytes, disabled=arguments.disabled)
+    bitmap.persistent = arguments.persistent
     return Change(undo=lambda: node.bitmaps.remove(arguments.name))
 
 
 def do_remove(services: Services, arguments: BlockDirtyBitmapRemove) -> Change:
-    """Until the commit the bitmap is there and in use, as in QEMU."""
+    """Until the commit the bitmap is there and in use, as in QEMU.
+
+    Where it is kept, it is to be forgotten after the commit.
+    """
     node = _node(services, arguments.node)
-    pin = node.bitmaps.get(arguments.name).pin("a transaction that removes it")
+    release = node.bitmaps.get(arguments.name).pin_to_remove()
 
     def commit() -> None:
-        pin.release()
+        release()
         node.bitmaps.remove(arguments.name)
 
-    return Change(undo=pin.release, commit=commit)
+    return Change(undo=release, commit=commit)
 
 
 def do_clear(services: Services, arguments: BlockDirtyBitmapClear) -> Change:

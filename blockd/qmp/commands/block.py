@@ -102,6 +102,8 @@ def _as_signed(threshold: int) -> int:
 
 def _describe_bitmap(info: BitmapInfo) -> dict[str, Any]:
     described: dict[str, Any] = {} if info.name is None else {"name": info.name}
+    if info.inconsistent:
+        described["inconsistent"] = True
     return described | {
         "recording": info.recording,
         "persistent": info.persistent,

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from blockd.block import Node
-from blockd.block.qcow2 import Header, Qcow2Driver, backing_path
+from blockd.block.qcow2 import BitmapEntry, BitmapFlag, Header, Qcow2Driver, backing_path
 
 
 def backing_depth(node: Node) -> int:
@@ -48,9 +48,12 @@ async def _describe(node: Node) -> dict[str, Any]:
 
 def _describe_qcow2(driver: Qcow2Driver) -> dict[str, Any]:
     header = driver.header
+    specific = _describe_header(header)
+    if bitmaps := [_describe_bitmap(entry) for entry in driver.bitmap_store.entries]:
+        specific["bitmaps"] = bitmaps
     image: dict[str, Any] = {
         "dirty-flag": driver.found_dirty,
-        "format-specific": {"type": "qcow2", "data": _describe_header(header)},
+        "format-specific": {"type": "qcow2", "data": specific},
     }
     if header.backing_file is not None:
         image["backing-filename"] = header.backing_file
@@ -58,6 +61,15 @@ def _describe_qcow2(driver: Qcow2Driver) -> dict[str, Any]:
         if header.extensions.backing_format is not None:
             image["backing-filename-format"] = header.extensions.backing_format
     return image
+
+
+def _describe_bitmap(entry: BitmapEntry) -> dict[str, Any]:
+    names = {BitmapFlag.IN_USE: "in-use", BitmapFlag.AUTO: "auto"}
+    return {
+        "name": entry.name,
+        "granularity": entry.granularity_bytes,
+        "flags": [name for flag, name in names.items() if flag in entry.flags],
+    }
 
 
 def _describe_header(header: Header) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from blockd.qmp.commands.snapshot import SnapshotToFile, SnapshotToNode
 from blockd.qmp.dispatch import describe
 from blockd.qmp.services import Services
 from blockd.qmp.types import transaction as types
+from blockd.qmp.types.bitmap import BlockDirtyBitmapRemove
 
 
 class _Abort(Action):
@@ -42,6 +43,23 @@ class _ChangeBitmap(Action):
         return self._do(self._services, self._arguments)
 
 
+class _RemoveBitmap(_ChangeBitmap):
+    """The image forgets a persistent one once the transaction has taken effect."""
+
+    def __init__(self, services: Services, arguments: BlockDirtyBitmapRemove) -> None:
+        super().__init__(services, arguments, bitmap.do_remove)
+        self._done_to: Node | None = None
+
+    def take_effect(self) -> Change:
+        change = super().take_effect()
+        (self._done_to,) = self.nodes()
+        return change
+
+    async def settle(self, *, committed: bool) -> None:
+        if committed and self._done_to is not None:
+            await self._done_to.keeper.forget_removed(self._arguments.name)
+
+
 def _changes(do: Callable[[Services, Any], Change]) -> Callable[[Services, Any], Action]:
     return lambda services, arguments: _ChangeBitmap(services, arguments, do)
 
@@ -50,7 +68,7 @@ def _changes(do: Callable[[Services, Any], Change]) -> Callable[[Services, Any],
 ACTIONS: dict[type[types.TransactionAction], Callable[[Services, Any], Action]] = {
     types.Abort: lambda _services, _arguments: _Abort(),
     types.AddBitmap: _changes(bitmap.do_add),
-    types.RemoveBitmap: _changes(bitmap.do_remove),
+    types.RemoveBitmap: _RemoveBitmap,
     types.ClearBitmap: _changes(bitmap.do_clear),
     types.EnableBitmap: _changes(bitmap.do_enable),
     types.DisableBitmap: _changes(bitmap.do_disable),

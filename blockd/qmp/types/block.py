@@ -74,8 +74,23 @@ class FileImageSpecific(ImageSpecific, tag_field="type", tag="file", kw_only=Tru
     data: FileSpecific
 
 
+class Qcow2BitmapInfo(Object, kw_only=True):
+    """A bitmap in the image. ``granularity``: in bytes.
+
+    ``flags``: ``in-use`` by whoever has the image open, or had when that ended without order;
+    ``auto``: it records.
+    """
+
+    name: str
+    granularity: int
+    flags: list[Literal["in-use", "auto"]]
+
+
 class Qcow2Specific(Object, kw_only=True):
-    """What the image's header says. ``compat``: 0.10 is version 2, 1.1 is version 3."""
+    """What the image's header says. ``compat``: 0.10 is version 2, 1.1 is version 3.
+
+    ``bitmaps``: those that are in the image, which may be others than the node has by now.
+    """
 
     compat: str
     compression_type: Literal["zlib", "zstd"]
@@ -85,6 +100,7 @@ class Qcow2Specific(Object, kw_only=True):
     data_file_raw: bool | None = None
     corrupt: bool | None = None
     extended_l2: bool | None = None
+    bitmaps: list[Qcow2BitmapInfo] | None = None
 
 
 class Qcow2ImageSpecific(ImageSpecific, tag_field="type", tag="qcow2", kw_only=True):
@@ -127,6 +143,8 @@ class BlockDirtyInfo(Object, kw_only=True):
 
     ``name``: absent for one that a job has put in the place of a frozen one. ``count``: dirty
     bytes. ``granularity``: in bytes. ``busy``: a job has it, and no command may change it.
+    ``persistent``: the image keeps it. ``inconsistent``: nobody knows what is dirty, as it was in
+    use when the image was last left; it can only be removed.
     """
 
     name: str | None = None
@@ -135,6 +153,7 @@ class BlockDirtyInfo(Object, kw_only=True):
     recording: bool
     busy: bool
     persistent: bool
+    inconsistent: bool | None = None
 
 
 class BlockDeviceInfo(Object, kw_only=True):

@@ -1,0 +1,108 @@
+"""The bitmaps of a node that outlive it, between the node and their store."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+
+from blockd.bitmap import NodeBitmaps
+from blockd.block.bitmap_store import BitmapStore
+from blockd.errors import BlockdError
+
+log = logging.getLogger(__name__)
+
+
+class BitmapKeeper:
+    """Knows when one node's store is asked for what; ``BitmapStore`` has the rules."""
+
+    def __init__(self, node_name: str, bitmaps: NodeBitmaps, store: BitmapStore | None) -> None:
+        self._node_name = node_name
+        self._bitmaps = bitmaps
+        #: None: nothing is kept. Another one takes its place only before ``load``.
+        self.store = store
+        self._loaded = False
+
+    async def load(self, *, read_only: bool) -> None:
+        """Take over what is kept, before anybody uses the node. Raises ``BlockdError``."""
+        if self.store is None:
+            return
+        try:
+            kept = await self.store.load()
+            if not read_only:
+                await self.store.mark_in_use()
+        except OSError as error:
+            raise BlockdError(f"Failed to read bitmap directory: {error.strerror}") from error
+        for name, state in kept:
+            self._bitmaps.add_kept(name, state, read_only=read_only)
+        self._loaded = True
+
+    def check_new(self, name: str, granularity_bytes: int) -> None:
+        """Raise ``BlockdError`` where a new bitmap can't be kept."""
+        if self.store is None:
+            raise BlockdError(
+                f"Can't store persistent bitmaps to {self._node_name}: "
+                f"{os.strerror(errno.EOPNOTSUPP)}"
+            )
+        try:
+            self.store.check_new(name, granularity_bytes, self._bitmaps.kept())
+        except BlockdError as error:
+            raise BlockdError(
+                f"Can't make bitmap '{name}' persistent in '{self._node_name}': {error.message}"
+            ) from None
+
+    def check_resizable(self) -> None:
+        """Raise ``BlockdError`` where one of them can't follow the node to another size."""
+        for bitmap in self._bitmaps.kept():
+            bitmap.check_usable(to_change=True)
+
+    async def remove(self, name: str) -> None:
+        """Remove a bitmap of the node, whether it is kept or not.
+
+        Raises ``BlockdError`` where that is refused, ``OSError``; then it is still there.
+        """
+        bitmap = self._bitmaps.get(name)
+        release = bitmap.pin_to_remove()
+        try:
+            if bitmap.persistent and self.store is not None:
+                await self.store.remove(name)
+        finally:
+            release()
+        self._bitmaps.remove(name)
+
+    async def forget_removed(self, name: str) -> None:
+        """Forget a bitmap that the node has not any more.
+
+        Where that fails it is in use, so nobody relies on it, and is forgotten when the node ends.
+        """
+        if self.store is None or self._bitmaps.has(name):
+            return
+        try:
+            await self.store.remove(name)
+        except OSError as error:
+            log.warning(
+                "bitmap '%s' of node '%s' is removed, but still in its image: %s",
+                name,
+                self._node_name,
+                error.strerror,
+            )
+
+    async def save(self) -> None:
+        """Keep all as they are now, for nobody writes to the node any more. Raises ``OSError``."""
+        if self.store is None or not self._loaded:
+            return
+        try:
+            await self.store.store(self._bitmaps.kept())
+        except OSError as error:
+            log.error("bitmaps of node '%s' are lost: %s", self._node_name, error.strerror)
+            raise
+
+    async def resume(self) -> None:
+        """After ``save`` there will be writes again, once this has returned. Raises ``OSError``."""
+        if self.store is not None:
+            await self.store.mark_in_use()
+
+    def set_read_only(self, *, read_only: bool) -> None:
+        """Let nobody change what can't be stored, or let them again."""
+        for bitmap in self._bitmaps.kept():
+            bitmap.read_only = read_only

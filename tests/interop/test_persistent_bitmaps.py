@@ -1,0 +1,130 @@
+"""A running daemon's bitmaps in an image, with QEMU using it in between, and after kill -9."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.daemon import Daemon
+from tests.helpers.nbd_client import NbdClient
+from tests.helpers.qcow2 import check, qemu_img, qemu_io
+from tests.helpers.qmp_client import QmpClient, QmpError
+
+MIB = 1 << 20
+GRANULE = 65536
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    qemu_img("create", "-f", "qcow2", path, "64M")
+    return path
+
+
+def flags(image: Path) -> dict[str, list[str]]:
+    info = json.loads(qemu_img("info", "-U", "--output=json", image))
+    bitmaps = info["format-specific"]["data"].get("bitmaps", [])
+    return {each["name"]: each["flags"] for each in bitmaps}
+
+
+def open_image(client: QmpClient, image: Path) -> None:
+    file = {"driver": "file", "filename": str(image)}
+    client.execute("blockdev-add", {"driver": "qcow2", "node-name": "n", "file": file})
+
+
+def add(client: QmpClient, name: str) -> None:
+    client.execute("block-dirty-bitmap-add", {"node": "n", "name": name, "persistent": True})
+
+
+def write(client: QmpClient, directory: Path, *offsets: int) -> None:
+    """A guest writes at each offset, and leaves."""
+    path = str(directory / "nbd.sock")
+    client.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": path}}})
+    client.execute(
+        "block-export-add", {"type": "nbd", "id": "e", "node-name": "n", "writable": True}
+    )
+    guest = NbdClient.open(path, "n")
+    for offset in offsets:
+        guest.write(offset, b"g" * 4096)
+    guest.close()
+    client.execute("nbd-server-stop")
+
+
+def bitmaps(client: QmpClient) -> dict[str, dict[str, Any]]:
+    nodes = {node["node-name"]: node for node in client.execute("query-named-block-nodes")}
+    return {each["name"]: each for each in nodes["n"].get("dirty-bitmaps", [])}
+
+
+def test_each_goes_on_where_the_other_stopped(daemon: Daemon, image: Path) -> None:
+    with QmpClient(daemon.qmp_path) as client:
+        open_image(client, image)
+        add(client, "b")
+        write(client, image.parent, 0, 5 * MIB)
+        client.execute("blockdev-del", {"node-name": "n"})
+        check(image)
+        assert flags(image) == {"b": ["auto"]}
+        qemu_io(image, "write 9M 4k", "discard 20M 1M")
+        check(image)
+        open_image(client, image)
+        assert bitmaps(client)["b"]["count"] == 3 * GRANULE + MIB
+    assert daemon.terminate() == 0
+    check(image)
+    assert flags(image) == {"b": ["auto"]}
+    qemu_img("bitmap", "--remove", image, "b")
+    check(image)
+
+
+def test_after_a_kill_they_are_inconsistent(daemon: Daemon, image: Path) -> None:
+    with QmpClient(daemon.qmp_path) as client:
+        open_image(client, image)
+        add(client, "stored")
+        client.execute("blockdev-del", {"node-name": "n"})
+        open_image(client, image)
+        add(client, "new")
+        write(client, image.parent, *range(0, 8 * MIB, MIB))
+    daemon.kill()
+    assert flags(image) == {"stored": ["in-use", "auto"]}
+    daemon.start()
+    with QmpClient(daemon.qmp_path) as client:
+        open_image(client, image)
+        assert {name: each["inconsistent"] for name, each in bitmaps(client).items()} == {
+            "stored": True
+        }
+        with pytest.raises(QmpError, match="Bitmap 'stored' is inconsistent and cannot be used"):
+            client.execute("block-dirty-bitmap-clear", {"node": "n", "name": "stored"})
+        client.execute("block-dirty-bitmap-remove", {"node": "n", "name": "stored"})
+        assert flags(image) == {}
+        add(client, "stored")
+        write(client, image.parent, 0)
+        client.execute("blockdev-del", {"node-name": "n"})
+    check(image)
+    assert flags(image) == {"stored": ["auto"]}
+
+
+def test_many_of_them_and_one_that_is_all_dirty(daemon: Daemon, image: Path) -> None:
+    with QmpClient(daemon.qmp_path) as client:
+        open_image(client, image)
+        for number in range(200):
+            add(client, f"bitmap {number}")
+        client.execute("nbd-server-start", {"addr": _address(image.parent)})
+        client.execute(
+            "block-export-add", {"type": "nbd", "id": "e", "node-name": "n", "writable": True}
+        )
+        guest = NbdClient.open(str(image.parent / "nbd.sock"), "n")
+        for offset in range(0, 64 * MIB, 8 * MIB):
+            guest.write(offset, b"g" * (8 * MIB))
+        guest.close()
+        client.execute("nbd-server-stop")
+        client.execute("blockdev-del", {"node-name": "n"})
+        check(image)
+        assert len(flags(image)) == 200
+        qemu_io(image, "write 0 4k")
+        open_image(client, image)
+        assert {each["count"] for each in bitmaps(client).values()} == {64 * MIB}
+
+
+def _address(directory: Path) -> dict[str, Any]:
+    return {"type": "unix", "data": {"path": str(directory / "nbd.sock")}}
