@@ -12,7 +12,7 @@ from blockd.backup.clusters import Clusters
 from blockd.backup.copier import Copier, OnErrors
 from blockd.backup.frozen_bitmap import FrozenBitmap
 from blockd.backup.incomplete import BitmapNeed, IncompleteMark
-from blockd.backup.plan import BackupPlan, Sync
+from blockd.backup.plan import BackupPlan, BitmapMode, Sync
 from blockd.backup.target_file import TargetFile
 from blockd.bitmap import Bits
 from blockd.block import BeforeWrite, Node
@@ -60,9 +60,10 @@ class BackupJob(Job):
         self._target_file: TargetFile | None = None
         if target_path is not None:
             self._mark = self._make_mark(target_path)
-            self._target_file = TargetFile(target_path, target.driver.identity)
+            self._target_file = TargetFile.of(target, target_path)
         #: Something may have been done to the target.
         self._touched = False
+        self._emptied = False
         self._doubts = 0
         self._frozen: FrozenBitmap | None = None
         self._clusters: Clusters
@@ -81,6 +82,8 @@ class BackupJob(Job):
             full=not self._plan.sync.by_bitmap,
             need=need,
             emptied=self._empty_target is not None,
+            layer=self._target.driver.supports_backing,
+            forgets=used is not None and used.mode is BitmapMode.ALWAYS,
         )
 
     # -- the start ---------------------------------------------------------------------------
@@ -126,11 +129,15 @@ class BackupJob(Job):
             await trio.lowlevel.checkpoint_if_cancelled()
             self._touched = True
             self._doubts = self._target.doubts
-            if self._empty_target is not None:
-                await self._empty_target()
+            await self._empty()
             await self._copier.run()
         finally:
             self._copier.hook.abandon()
+
+    async def _empty(self) -> None:
+        if self._empty_target is not None and not self._emptied:
+            await self._empty_target()
+            self._emptied = True
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -150,7 +157,7 @@ class BackupJob(Job):
         """Return once all that was copied is durable in the target file, where all can find it."""
         await self._flush_target()
         if self._target_file is not None:
-            await trio.to_thread.run_sync(self._target_file.check, self._target.size_bytes)
+            await trio.to_thread.run_sync(self._target_file.check)
 
     async def _flush_target(self) -> None:
         """Raises ``OSError`` also where what was written before may be gone all the same."""
@@ -173,7 +180,7 @@ class BackupJob(Job):
         try:
             if self.cancelled and self._plan.sync is Sync.NONE:
                 # That is how such a backup ends well: its target has all that it kept.
-                drained = await self._copier.drain()
+                drained = await self._drain()
                 self._copier.hide_instant(lost=not drained)
             else:
                 self._copier.hide_instant(lost=True)
@@ -184,6 +191,15 @@ class BackupJob(Job):
             self._remove_hooks()
             if self._frozen is not None:
                 self._frozen.conclude(succeeded=False, unsaved=None)
+
+    async def _drain(self) -> bool:
+        """Bring all that is kept to the target, which has to be there, though it ended soon."""
+        try:
+            await self._empty()
+        except OSError as error:
+            _log.warning("job '%s': its target could not be made: %s", self.id, error)
+            return False
+        return await self._copier.drain()
 
     def _end(self, *, succeeded: bool, unsaved: Bits | None) -> None:
         """Take the view out and unfreeze the bitmap, in one step."""

@@ -23,8 +23,8 @@ def plan_backup(
     """
     used = choose_bitmap(request, source.bitmaps)
     _check_not_same(source, target)
-    if request.compress:
-        # No driver here writes compressed clusters. QEMU names a device here, which none is.
+    if request.compress and not target.driver.compresses:
+        # QEMU names a device here, which none is.
         raise BlockdError("Compression is not supported for this drive ")
     for node in (source, target):
         node.users.check_not_busy(Role.TARGET)
@@ -43,6 +43,7 @@ def plan_backup(
         max_workers=performance.max_workers,
         max_chunk_bytes=chunk_clusters * cluster_bytes or None,
         discard_source=request.discard_source,
+        compress=request.compress,
     )
 
 

@@ -21,6 +21,7 @@ from blockd.backup.plan import BackupPlan, Sync
 from blockd.backup.point_in_time import PointInTime
 from blockd.backup.source_discard import SourceDiscard
 from blockd.backup.source_map import SourceMap
+from blockd.backup.storing import Storing
 from blockd.backup.sweep import Sweep, Swept
 from blockd.backup.top_layer import leave_out_lower_layers
 from blockd.block import Descriptor, Node
@@ -72,6 +73,7 @@ class Copier:
         self._held = HeldStore(clusters.cluster_bytes)
         #: What the target does not hold, it reads from the source.
         self._stands_on_source = stands_on(target, source)
+        self._storing = Storing(target, clusters, plan, stands_on_source=self._stands_on_source)
         self._feeder = Feeder(clusters, SourceMap(source, clusters.cluster_bytes))
         #: The hook to put into the source at the instant of the start.
         self.hook = PointInTime(source, clusters, self._held, self._ignore_guest_read_error)
@@ -324,7 +326,7 @@ class Copier:
         """Write what is held, after ``run``; False where the target does not take it."""
         while (held := self._held.get_nowait()) is not None:
             try:
-                await self._store(held.data)
+                await self._storing.store(held.data)
             except OSError as error:
                 _log.warning("job '%s': kept data is lost, writing failed: %s", self._job.id, error)
                 return False
@@ -334,7 +336,7 @@ class Copier:
     async def _write(self, data: OldData) -> bool:
         """Write old data, or skip it; False where an error stopped the job."""
         try:
-            await self._store(data)
+            await self._storing.store(data)
         except OSError as error:
             action = self._decide("write", error)
             if action is ErrorAction.REPORT:
@@ -349,31 +351,11 @@ class Copier:
     async def _write_singly(self, data: OldData) -> None:
         for each in self._singly(data):
             try:
-                await self._store(each)
+                await self._storing.store(each)
             except OSError:
                 self._clusters.skip(1)
             else:
                 self._saved(each)
-
-    async def _store(self, data: OldData) -> None:
-        offset = data.first << self._clusters.shift
-        if data.view is None:
-            await self._store_zeroes(offset, self._clusters.length(data.first, data.end))
-        else:
-            await self._target.write(offset, data.view)
-
-    async def _store_zeroes(self, offset: int, length: int) -> None:
-        """Leave alone what is zero already, so that a sparse target stays sparse."""
-        if self._stands_on_source:
-            # It may only be zero there, and not for long.
-            await self._target.write_zeroes(offset, length, unmap=True)
-            return
-        end = offset + length
-        while offset < end:
-            for run in await self._target.allocation(offset, end - offset):
-                if not run.zero:
-                    await self._target.write_zeroes(*run.extent, unmap=True)
-                offset = run.extent.end
 
     def _saved(self, data: OldData) -> None:
         self._clusters.save(data.first, data.end)

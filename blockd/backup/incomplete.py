@@ -49,11 +49,13 @@ class BitmapNeed:
 class Needs:
     """What would complete a target: a full backup, or a backup of each of these bitmaps.
 
-    A successful full backup completes every target.
+    A successful full backup completes every target. ``kept``: what failed backups brought to the
+    target, their bitmaps may have forgotten.
     """
 
     full: bool = False
     bitmaps: frozenset[BitmapNeed] = frozenset()
+    kept: bool = False
 
     def __bool__(self) -> bool:
         return self.full or bool(self.bitmaps)
@@ -62,13 +64,15 @@ class Needs:
         names = sorted(f"bitmap '{each.name}' of node '{each.node}'" for each in self.bitmaps)
         return "a full backup" if self.full else f"a backup of {' and of '.join(names)}"
 
-    def plus(self, need: BitmapNeed) -> Needs:
+    def plus(self, need: BitmapNeed, *, forgets: bool) -> Needs:
         """What is needed after a backup of this bitmap has begun to change the target."""
-        return self if self.full else Needs(bitmaps=self.bitmaps | {need})
+        if self.full:
+            return self
+        return Needs(bitmaps=self.bitmaps | {need}, kept=self.kept or forgets)
 
     def minus(self, need: BitmapNeed) -> Needs:
         """What is still needed after a backup of this bitmap has succeeded."""
-        return Needs(self.full, self.bitmaps - {need})
+        return Needs(self.full, self.bitmaps - {need}, self.kept)
 
 
 FULL = Needs(full=True)
@@ -88,16 +92,22 @@ class IncompleteMark:
         full: bool,
         need: BitmapNeed | None,
         emptied: bool,
+        layer: bool = False,
+        forgets: bool = False,
     ) -> None:
         """``full``: the backup copies everything. ``need``: the bitmap that it uses, if any.
 
-        ``emptied``: the target is empty before, so that less than everything never completes it.
+        ``emptied``: the target is empty before, so that less than everything never completes it,
+        unless it is a ``layer`` to be put upon another image. ``forgets``: the bitmap forgets what
+        was copied even where the backup fails.
         """
         self.path = target_path + SUFFIX
         self._job_id = job_id
         self._full = full or need is None
         self._need = need
         self._emptied = emptied
+        self._layer = layer
+        self._forgets = forgets
         #: What the mark says now, and what it said before this backup; None: it was not put.
         self._needs = Needs()
         self._before: Needs | None = None
@@ -109,10 +119,14 @@ class IncompleteMark:
         """
         before = await trio.to_thread.run_sync(self._read)
         self._before = before
-        if self._full or self._emptied or self._need is None:
+        if self._full or self._need is None:
             await self._change(FULL)
+        elif not self._emptied:
+            await self._change(before.plus(self._need, forgets=self._forgets))
+        elif self._layer and not before.kept:
+            await self._change(Needs().plus(self._need, forgets=self._forgets))
         else:
-            await self._change(before.plus(self._need))
+            await self._change(FULL)
 
     async def withdraw(self) -> None:
         """Nothing was done to the target after all: it is what it was before ``put``."""
@@ -131,7 +145,7 @@ class IncompleteMark:
     async def leave_to_bitmap(self) -> None:
         """The backup's bitmap knows all that is missing, so no other full backup is needed."""
         if self._needs.full and self._full and self._need is not None:
-            await self._change(Needs(bitmaps=frozenset({self._need})))
+            await self._change(Needs(bitmaps=frozenset({self._need}), kept=True))
 
     async def _change(self, needs: Needs) -> None:
         await trio.to_thread.run_sync(self._write if needs else self._remove, needs)
@@ -181,6 +195,7 @@ class IncompleteMark:
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
             "needs": {
                 "full": needs.full,
+                "kept": needs.kept,
                 "bitmaps": [
                     {"node": each.node, "name": each.name, "identity": each.identity}
                     for each in bitmaps
@@ -192,5 +207,5 @@ class IncompleteMark:
 def _parse(contents: dict[str, Any]) -> Needs:
     needs = contents["needs"]
     bitmaps = (BitmapNeed(**{key: str(each[key]) for key in each}) for each in needs["bitmaps"])
-    parsed = Needs(bool(needs["full"]), frozenset(bitmaps))
+    parsed = Needs(bool(needs["full"]), frozenset(bitmaps), bool(needs.get("kept")))
     return parsed or FULL

@@ -119,7 +119,7 @@ class BackupPlan:
     """A request that makes sense. Without ``used`` the backup touches no bitmap.
 
     ``cluster_bytes``: the unit of copying. ``max_chunk_bytes``: the most that the background copies
-    at once, whole clusters; None for no bound.
+    at once, whole clusters; None for no bound. ``compress``: the target takes compressed clusters.
     """
 
     sync: Sync
@@ -128,6 +128,7 @@ class BackupPlan:
     max_workers: int
     max_chunk_bytes: int | None
     discard_source: bool
+    compress: bool
 
 
 def choose_bitmap(request: BackupRequest, bitmaps: NodeBitmaps) -> UsedBitmap | None:

@@ -48,6 +48,8 @@ class Driver(ABC):
 
     #: Whether it can stand on a backing file.
     supports_backing: bool = False
+    #: Whether it can ``write_compressed``.
+    compresses: bool = False
     #: Whether a read may write to the nodes that this one stands on.
     writes_at_reads: bool = False
     #: Whether others may resize the nodes that this one stands on (``child_changed``).
@@ -131,6 +133,10 @@ class Driver(ABC):
     @abstractmethod
     async def write(self, offset: int, view: memoryview) -> None:
         """Write ``view`` at ``offset``; ``view`` must not change until this returns."""
+
+    async def write_compressed(self, offset: int, view: memoryview) -> None:
+        """As ``write``, but in less room where the driver ``compresses``: whole clusters of it."""
+        await self.write(offset, view)
 
     @abstractmethod
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:

@@ -65,6 +65,8 @@ class Opening:
         node_name: str | None,
         common: Common,
         above: int = 0,
+        *,
+        hidden: bool = False,
     ) -> None:
         """``above``: how many nodes are being made that stand on this one."""
         self.common = common
@@ -72,6 +74,7 @@ class Opening:
         self._node_name = node_name
         self._openers = openers
         self._above = above
+        self._hidden = hidden
         self._made: list[Node] = []
 
     async def child(self, role: Role, reference: str | NodeOptions) -> Node:
@@ -90,7 +93,13 @@ class Opening:
             # Such as images that name each other as their backing files.
             raise BlockdError(f"More than {limits.NODE_LEVELS} nodes would stand on each other")
         node = await open_node(
-            self._openers, self.graph, reference, common, owned=False, above=above
+            self._openers,
+            self.graph,
+            reference,
+            common,
+            owned=False,
+            hidden=self._hidden,
+            above=above,
         )
         self._made.append(node)
         return node
@@ -124,15 +133,18 @@ async def open_node(
     inherited: Common = ROOT,
     *,
     owned: bool,
+    hidden: bool = False,
     above: int = 0,
 ) -> Node:
     """Open what ``options`` describes, and put it into the graph with all that it stands on.
 
-    ``above``: how many nodes are being made that stand on this one.
+    ``hidden``: commands find neither it nor what is made for it. ``above``: how many nodes are
+    being made that stand on this one.
 
     Raises ``BlockdError``; then the graph is as it was.
     """
-    opening = Opening(openers, graph, options.node_name, inherited.overridden(options), above)
+    common = inherited.overridden(options)
+    opening = Opening(openers, graph, options.node_name, common, above, hidden=hidden)
     if getattr(options, "filename", None) == "":
         name = type(options).__struct_config__.tag
         raise BlockdError(f"The '{name}' block driver requires a file name")
@@ -159,5 +171,6 @@ async def open_node(
         with trio.CancelScope(shield=True):
             await graph.remove(node)
         raise
-    graph.show(node)
+    if not hidden:
+        graph.show(node)
     return node

@@ -61,7 +61,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "a mode without a bitmap": {"bitmap_mode": "always"},
     "a bitmap in use": {"sync": "incremental", "bitmap": "busy", "bitmap_mode": "on-success"},
     "incremental without a bitmap": {"sync": "incremental"},
-    "another format": {"format": "qcow2"},
+    "another format": {"format": "vmdk"},
     "another policy": {"on_target_error": "nothing"},
 }
 

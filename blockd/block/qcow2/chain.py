@@ -35,6 +35,17 @@ def backing_path(filename: str, name: str) -> str:
     return os.path.join(os.path.dirname(filename), name)
 
 
+def name_backing(overlay: str, filename: str) -> str:
+    """What an image at ``overlay`` calls the backing file at ``filename``, to find it again.
+
+    A relative name is one from the image's own directory.
+    """
+    if filename.startswith("json:") or os.path.isabs(filename):
+        return filename
+    same = os.path.realpath(backing_path(overlay, filename))
+    return filename if same == os.path.realpath(filename) else os.path.abspath(filename)
+
+
 def find_backing(filename: str, header: Header) -> list[BackingImage]:
     """The images below the one at ``filename``, the nearest first. Blocks.
 

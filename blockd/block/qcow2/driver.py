@@ -43,6 +43,8 @@ class Qcow2Driver(Driver):
         self.direct = direct
         self.flushes = flushes
         self.ignores_discards = not unmap
+        # The clusters of an external data file lie where the guest sees them.
+        self.compresses = not image.header.has_data_file
         self._broken = False
         self.bitmap_store: Qcow2Bitmaps = Qcow2Bitmaps(ImageRoom(self._image_of_bitmaps))
         self.child_changed()
@@ -96,6 +98,10 @@ class Qcow2Driver(Driver):
         if image.reader.backing is not None:
             children[Role.BACKING] = image.reader.backing
         return children
+
+    @property
+    def path(self) -> str | None:
+        return self._image.file.node.path
 
     def child_access(self, role: Role, access: Access) -> Access:
         if role is Role.BACKING:

@@ -21,7 +21,7 @@ _ZEROES = bytes(1 << 21)
 
 @dataclass(slots=True)
 class Zeroer:
-    """Makes ranges read as zeroes.
+    """Makes ranges read as zeroes: what was written by entries that say so, whatever is below.
 
     ``flags``: entries can say "zero" (version 3). Where they can't, a cluster loses its place,
     which is zero only where no backing file shows through.
@@ -42,7 +42,7 @@ class Zeroer:
             return
         if offset < first << bits:
             await self._write_zero_bytes(offset, (first << bits) - offset, unmap=unmap)
-        await self._change_clusters(first, end, keep=not unmap)
+        await self._change_clusters(first, end, keep=not unmap, held=self.flags)
         if end << bits < offset + length:
             await self._write_zero_bytes(end << bits, offset + length - (end << bits), unmap=unmap)
 
@@ -52,7 +52,7 @@ class Zeroer:
         if self.raw_data:
             await self._write_zero_bytes(offset, length, unmap=True)
         elif first < end and self._can_flag(first, end):
-            await self._change_clusters(first, end, keep=False)
+            await self._change_clusters(first, end, keep=False, held=False)
 
     def _whole_clusters(self, offset: int, length: int) -> tuple[int, int]:
         """The clusters that lie in the range; the image's end counts as one's."""
@@ -77,19 +77,21 @@ class Zeroer:
 
     # -- by entries --------------------------------------------------------------------------
 
-    async def _change_clusters(self, first: int, end: int, *, keep: bool) -> None:
+    async def _change_clusters(self, first: int, end: int, *, keep: bool, held: bool) -> None:
+        """``keep`` their places; ``held``: also where nothing is, the image itself says zero."""
         mapping, busy = self.writer.mapping, self.writer.busy
         entries = mapping.geometry.l2_entries
         while first < end:
             index = first // entries
             stop = min(end, (index + 1) * entries)
-            if not mapping.l1[index] & OFFSET_MASK and not self._shows_backing(first, stop):
+            shown = held or self._shows_backing(first, stop)
+            if not mapping.l1[index] & OFFSET_MASK and not shown:
                 first = stop
                 continue
             table = await mapping.writable(index)
             free = busy.clip(first, stop)
             if free:
-                self._change_entries(table, first, first + free, keep=keep)
+                self._change_entries(table, first, first + free, keep=keep, held=held)
                 first += free
             else:
                 await busy.wait(first, first + 1)
@@ -117,33 +119,33 @@ class Zeroer:
         bits = self.writer.mapping.geometry.cluster_bits
         return bool(self.reader.inside_backing(first << bits, (end - first) << bits))
 
-    def _change_entries(self, table: Table, first: int, end: int, *, keep: bool) -> None:
+    def _change_entries(
+        self, table: Table, first: int, end: int, *, keep: bool, held: bool
+    ) -> None:
         geometry = self.writer.mapping.geometry
         index = first % geometry.l2_entries
         change = self._zero_extended if geometry.extended else self._zero_standard
         for at in range(index, index + end - first):
-            change(table.words, at, first + at - index, keep=keep)
+            cluster = first + at - index
+            shown = held or self._shows_backing(cluster, cluster + 1)
+            change(table.words, at, keep=keep, shown=shown)
         self.writer.mapping.mark(first // geometry.l2_entries, table, index, index + end - first)
 
-    def _zero_standard(self, words: array[int], at: int, cluster: int, *, keep: bool) -> None:
+    def _zero_standard(self, words: array[int], at: int, *, keep: bool, shown: bool) -> None:
         entry = words[at]
         geometry = self.writer.mapping.geometry
         if geometry.is_unallocated(entry):
-            words[at] = ZERO if self._shows_backing(cluster, cluster + 1) else entry
+            words[at] = ZERO if shown else entry
         elif self.flags and keep and own_host(geometry, entry) is not None:
             words[at] = entry | ZERO
         else:
             self.writer.forget(entry)
             words[at] = ZERO if self.flags else 0
 
-    def _zero_extended(self, words: array[int], at: int, cluster: int, *, keep: bool) -> None:
+    def _zero_extended(self, words: array[int], at: int, *, keep: bool, shown: bool) -> None:
         entry, bitmap = words[2 * at], words[2 * at + 1]
         geometry = self.writer.mapping.geometry
-        if (
-            geometry.is_unallocated(entry)
-            and not bitmap
-            and not self._shows_backing(cluster, cluster + 1)
-        ):
+        if geometry.is_unallocated(entry) and not bitmap and not shown:
             return
         if not keep or own_host(geometry, entry) is None:
             self.writer.forget(entry)

@@ -25,7 +25,7 @@ from blockd.block import Node, Role
 from blockd.errors import BlockdError
 from blockd.job import OnError
 from blockd.qmp.commands.action import Action, Change, carry_out
-from blockd.qmp.commands.backup_target import Target, open_target
+from blockd.qmp.commands.backup_target import Target, TargetFiles, backing_of
 from blockd.qmp.services import Services
 from blockd.qmp.types.backup import Backup, BackupPerf, BlockdevBackup, DriveBackup
 
@@ -158,27 +158,26 @@ class BackUpToFile(_BackUp):
     """drive-backup. Nothing that is in the target's file is changed before the job runs."""
 
     def __init__(self, services: Services, arguments: DriveBackup) -> None:
-        if arguments.sync == "top":
-            # Without a backing file the topmost image is all there is.
-            arguments = msgspec.structs.replace(arguments, sync="full")
         super().__init__(services, arguments)
         self._options = arguments
         self._target: Target | BlockdError | None = None
 
     async def stage(self) -> None:
         await super().stage()
-        if self._source is not None:
-            try:
-                self._target = await open_target(
-                    self._services.graph,
-                    self._options,
-                    self._source,
-                    rehearsing=self._services.rehearsing,
-                )
-            except BlockdError as error:
-                self._target = error
-            else:
-                self._made.push_async_callback(self._target.release)
+        source, options = self._source, self._options
+        if source is None:
+            return
+        if options.sync == "top" and backing_of(source) is None:
+            # Without a backing file the topmost image is all there is.
+            options = msgspec.structs.replace(options, sync="full")
+            self._arguments = options
+        files = TargetFiles(self._services.graph, rehearsing=self._services.rehearsing)
+        try:
+            self._target = await files.open(options, source)
+        except BlockdError as error:
+            self._target = error
+        else:
+            self._made.push_async_callback(self._target.release)
 
     def _find_target(self) -> Target:
         if isinstance(self._target, BlockdError):

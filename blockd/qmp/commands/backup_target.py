@@ -1,14 +1,18 @@
-"""The file that a drive-backup fills: opened or made for it, and gone with it from the graph."""
+"""The target of a drive-backup: a file that is opened or made for it, and closed after it."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
 from blockd.block import (
+    FileDriver,
+    Filter,
     Graph,
     NewFile,
     Node,
@@ -19,8 +23,12 @@ from blockd.block import (
     open_file,
     rehearse_file,
 )
+from blockd.block.qcow2 import ImageOptions, NewImage, name_backing, read_header
 from blockd.errors import BlockdError
+from blockd.qmp.commands.openers import OPENERS
+from blockd.qmp.opening import open_node
 from blockd.qmp.types.backup import DriveBackup
+from blockd.qmp.types.blockdev import FileOptions, HostDeviceOptions, Qcow2Options
 
 _PROTOCOL = re.compile(r"([A-Za-z0-9+.-]+):")
 
@@ -34,85 +42,181 @@ class Target:
     release: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
 
 
-async def open_target(
-    graph: Graph, arguments: DriveBackup, source: Node, *, rehearsing: bool
-) -> Target:
-    """Open the target for a backup of ``source``; what is there stays as it is until ``empty``.
-
-    ``rehearsing``: where nothing is there, nothing comes to be. Raises ``BlockdError``.
-    """
-    make = rehearse_file if rehearsing else create_file
-    file = await trio.to_thread.run_sync(_open_file, arguments, source.size_bytes, make)
-    target = await _add_node(graph, file, arguments.mode)
-    if arguments.sync == "none":
-        await target.release()
-        raise BlockdError(
-            f"Driver '{arguments.format or 'raw'}' of node '{target.node.name}' "
-            "does not support backing files"
-        )
-    return target
+def backing_of(node: Node) -> Node | None:
+    """The backing file of the image that ``node`` is, or that the filters there stand on."""
+    while isinstance(node.driver, Filter):
+        node = node.driver.child
+    return node.backing
 
 
-def _open_file(
-    arguments: DriveBackup, size_bytes: int, make: Callable[[str, int], NewFile]
-) -> NewFile:
-    """Blocks."""
-    name = arguments.target.removeprefix("file:")
-    protocol = _PROTOCOL.match(name)
-    if protocol is not None:
-        raise BlockdError(f"Unknown protocol '{protocol[1]}'")
-    if arguments.mode == "absolute-paths":
-        if arguments.format not in (None, "raw", "file"):
-            raise BlockdError(f"Unknown file format '{arguments.format}'")
+class TargetFiles:
+    """Opens targets; what is there stays as it is until ``Target.empty``."""
+
+    def __init__(self, graph: Graph, *, rehearsing: bool) -> None:
+        """``rehearsing``: where nothing is there, nothing comes to be."""
+        self._graph = graph
+        self._rehearsing = rehearsing
+
+    async def open(self, arguments: DriveBackup, source: Node) -> Target:
+        """The target for a backup of ``source``. Raises ``BlockdError``."""
+        name = arguments.target.removeprefix("file:")
+        protocol = _PROTOCOL.match(name)
+        if protocol is not None:
+            raise BlockdError(f"Unknown protocol '{protocol[1]}'")
+        if arguments.mode == "existing":
+            return await self._open_existing(arguments, name, source)
+        own = "qcow2" if source.driver.name == "qcow2" else "raw"
+        match arguments.format or own:
+            case "qcow2":
+                return await self._new_image(arguments, name, source)
+            case "raw" | "file" as kind:
+                if arguments.sync in ("top", "none"):
+                    raise BlockdError(f"Backing file not supported for file format '{kind}'")
+                return await self._new_raw(name, source)
+            case kind:
+                raise BlockdError(f"Unknown file format '{kind}'")
+
+    # -- made for the backup -----------------------------------------------------------------
+
+    async def _new_raw(self, name: str, source: Node) -> Target:
+        file, below = await self._new_file(name, source.size_bytes)
+        node = self._graph.add(None, RawDriver(below), owned=False, hidden=True)
+        return self._target_of(file, node, file.driver.make_empty)
+
+    async def _new_image(self, arguments: DriveBackup, name: str, source: Node) -> Target:
+        """Its backing file has what the backup leaves out: the source, or what is below that."""
+        backing = {"top": backing_of(source), "none": source}.get(arguments.sync)
+        options = ImageOptions(source.size_bytes)
+        if backing is not None:
+            options = ImageOptions(
+                source.size_bytes,
+                backing_file=name_backing(name, backing.driver.filename),
+                backing_format=backing.driver.name,
+            )
+        file, below = await self._new_file(name, 0)
+        try:
+            image = NewImage(below, options, backing=backing)
+            node = self._graph.add(None, image, owned=False, hidden=True)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._remove(below, file)
+            raise
+
+        async def make() -> None:
+            made = await image.make(file.driver.make_empty)
+            async with node.at_rest():
+                node.change_driver(made)
+
+        return self._target_of(file, node, make)
+
+    async def _new_file(self, name: str, size_bytes: int) -> tuple[NewFile, Node]:
+        make = rehearse_file if self._rehearsing else create_file
+        file = await trio.to_thread.run_sync(make, name, size_bytes)
+        try:
+            self._graph.check_storage(file.driver)
+            return file, self._graph.add(None, file.driver, owned=False, hidden=True)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await file.driver.close()
+                await trio.to_thread.run_sync(file.remove)
+            raise
+
+    def _target_of(self, file: NewFile, node: Node, empty: Callable[[], Awaitable[None]]) -> Target:
+        used = False
+
+        async def use() -> None:
+            nonlocal used
+            used = True
+            await empty()
+
+        async def release() -> None:
+            """A refused command leaves nothing behind."""
+            if used:
+                await self._graph.remove(node)
+            else:
+                await self._remove(node, file)
+
+        return Target(node, use, release)
+
+    async def _remove(self, node: Node, file: NewFile) -> None:
+        try:
+            await self._graph.remove(node)
+        finally:
+            await trio.to_thread.run_sync(file.remove)
+
+    # -- there before ------------------------------------------------------------------------
+
+    async def _open_existing(self, arguments: DriveBackup, name: str, source: Node) -> Target:
+        kind = arguments.format
+        if kind is None:
+            kind = await trio.to_thread.run_sync(guess_format, name)
+            if kind not in ("raw", "qcow2"):
+                raise BlockdError(
+                    f"Image format was not specified for '{name}', which looks like {kind}: "
+                    "give format 'raw' if it is to be overwritten"
+                )
+        if kind == "qcow2":
+            return await self._open_image(arguments, name, source)
+        if kind not in ("raw", "file"):
+            raise BlockdError(f"Unknown driver '{kind}'")
+        target = await self._open_raw(name)
         if arguments.sync == "none":
-            file_format = arguments.format or "raw"
-            raise BlockdError(f"Backing file not supported for file format '{file_format}'")
-        return make(name, size_bytes)
-    if arguments.format not in (None, "raw", "file"):
-        raise BlockdError(f"Unknown driver '{arguments.format}'")
-    if arguments.format is None and (guessed := guess_format(name)) != "raw":
-        raise BlockdError(
-            f"Image format was not specified for '{name}', which looks like {guessed}: "
-            "give format 'raw' if it is to be overwritten"
+            await target.release()
+            raise BlockdError(
+                f"Driver '{kind}' of node '{target.node.name}' does not support backing files"
+            )
+        return target
+
+    async def _open_raw(self, name: str) -> Target:
+        driver = await trio.to_thread.run_sync(_open_file, name)
+        try:
+            self._graph.check_storage(driver)
+            below = self._graph.add(None, driver, owned=False, hidden=True)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await driver.close()
+            raise
+        node = self._graph.add(None, RawDriver(below), owned=False, hidden=True)
+        return Target(node, release=partial(self._graph.remove, node))
+
+    async def _open_image(self, arguments: DriveBackup, name: str, source: Node) -> Target:
+        if self._rehearsing:
+            return await self._stand_in(name)
+        is_device = await trio.to_thread.run_sync(is_block_device, name)
+        file = (HostDeviceOptions if is_device else FileOptions)(filename=name)
+        options = Qcow2Options(file=file, discard="unmap")
+        if arguments.sync == "none":
+            options = Qcow2Options(file=file, discard="unmap", backing=source.name)
+        node = await open_node(OPENERS, self._graph, options, owned=False, hidden=True)
+        return Target(node, release=partial(self._graph.remove, node))
+
+    async def _stand_in(self, name: str) -> Target:
+        """An image in memory for the one at ``name``, which opening may change."""
+        driver = await trio.to_thread.run_sync(partial(_open_file, name, read_only=True))
+        try:
+            header = await read_header(Node("", driver))
+        except OSError as error:
+            raise BlockdError(f"Could not open '{name}': {error.strerror}") from error
+        finally:
+            with trio.CancelScope(shield=True):
+                await driver.close()
+        memory = FileDriver(
+            os.memfd_create("rehearsal"), filename=name, read_only=False, unmap=True, flushes=True
         )
-    driver = open_file(
+        below = self._graph.add(None, memory, owned=False, hidden=True)
+        options = ImageOptions(header.size_bytes, cluster_size_bytes=header.cluster_size_bytes)
+        node = self._graph.add(None, NewImage(below, options), owned=False, hidden=True)
+        return Target(node, release=partial(self._graph.remove, node))
+
+
+def _open_file(name: str, *, read_only: bool = False) -> FileDriver:
+    """Blocks."""
+    return open_file(
         name,
         driver="host_device" if is_block_device(name) else "file",
-        read_only=False,
+        read_only=read_only,
         auto_read_only=False,
         direct=False,
         unmap=True,
         flushes=True,
     )
-    return NewFile(driver, made=None)
-
-
-async def _add_node(graph: Graph, file: NewFile, mode: str) -> Target:
-    driver, used = file.driver, False
-
-    async def empty() -> None:
-        nonlocal used
-        used = True
-        await driver.make_empty()
-
-    async def remove_unused() -> None:
-        """A refused command leaves nothing behind."""
-        if not used:
-            await trio.to_thread.run_sync(file.remove)
-
-    async def release() -> None:
-        try:
-            await graph.remove(node)
-        finally:
-            await remove_unused()
-
-    try:
-        graph.check_storage(driver)
-    except BlockdError:
-        with trio.CancelScope(shield=True):
-            await driver.close()
-            await remove_unused()
-        raise
-    below = graph.add(None, driver, owned=False, hidden=True)
-    node = graph.add(None, RawDriver(below), owned=False, hidden=True)
-    return Target(node, empty if mode == "absolute-paths" else None, release)

@@ -17,6 +17,7 @@ from blockd.block.qcow2 import (
     ImageOptions,
     Qcow2Driver,
     create_image,
+    name_backing,
     open_image,
     plan_image,
     read_header,
@@ -149,17 +150,9 @@ def _image_options(arguments: BlockdevSnapshotSync, name: str, below: Node) -> I
         )
     return ImageOptions(
         below.size_bytes,
-        backing_file=_backing_name(name, below.driver.filename),
+        backing_file=name_backing(name, below.driver.filename),
         backing_format=below.driver.name,
     )
-
-
-def _backing_name(overlay: str, backing: str) -> str:
-    """What the overlay calls its backing file: a relative name is one from its own directory."""
-    if backing.startswith("json:") or os.path.isabs(backing):
-        return backing
-    same = os.path.realpath(os.path.join(os.path.dirname(overlay), backing))
-    return backing if same == os.path.realpath(backing) else os.path.abspath(backing)
 
 
 class _NewImage:

@@ -28,20 +28,21 @@ class BackupPerf(Object, kw_only=True):
 class Backup(Command, kw_only=True):
     """What both backup commands take.
 
-    ``job-id``: what job commands and events call it. ``device``: the source's node name.
-    ``sync``: ``full`` copies the disk, ``top`` what is in its topmost image (of a raw image:
+    ``job-id``: what job commands and events call it. ``device``: the source's node name. ``sync``:
+    ``full`` copies the disk, ``top`` what its topmost image holds (of one without a backing file:
     everything), ``incremental`` and ``bitmap`` what ``bitmap`` names. ``none`` copies nothing but
-    what guests are about to overwrite, and runs until it is cancelled; the target then has all
-    old data that was kept, and nothing else of the disk.
+    what guests are about to overwrite, and runs until it is cancelled; the target then has all old
+    data that was kept, and nothing else of the disk.
     ``bitmap-mode``: when the bitmap forgets what was copied: ``on-success`` of the whole backup,
-    ``always`` (what was copied before a failure too), ``never``. ``speed``: bytes per second, 0
-    for no limit. ``on-source-error``, ``on-target-error``: fail (``report``), go on without the
-    block, which stays dirty (``ignore``), pause (``stop``), or pause only where the target is
-    full (``enospc``, ``auto``). ``compress``: refused, no target here can. ``filter-node-name``:
-    the name under which the queries list what keeps old data while the job runs; no command takes
-    it as a node. ``discard-source``: discard on the source what was copied, once the target has it
-    durably; not what guests have written meanwhile. ``auto-finalize`` false: a successful job waits
-    for ``job-finalize``. ``auto-dismiss`` false: an ended job is listed until ``job-dismiss``.
+    ``always`` (what was copied before a failure too), ``never``. ``speed``: bytes per second, 0 for
+    no limit. ``on-source-error``, ``on-target-error``: fail (``report``), go on without the block,
+    which stays dirty (``ignore``), pause (``stop``), or pause only where the target is full
+    (``enospc``, ``auto``). ``compress``: store clusters compressed, which a qcow2 target can.
+    ``filter-node-name``: the name under which the queries list what keeps old data while the job
+    runs; no command takes it as a node. ``discard-source``: discard on the source what was copied,
+    once the target has it durably; not what guests have written meanwhile. ``auto-finalize`` false:
+    a successful job waits for ``job-finalize``. ``auto-dismiss`` false: an ended job is listed
+    until ``job-dismiss``.
     """
 
     command: ClassVar[str] = ""
@@ -66,8 +67,9 @@ class DriveBackup(Backup, kw_only=True):
     """Back a node up to a file while guests write on; answers when the backup has begun.
 
     ``target``: the file. ``mode``: ``absolute-paths`` makes it (or empties it), ``existing``
-    takes it as it is, with what earlier backups put there. ``format``: the target's. ``sync`` none
-    wants a target with a backing file, which no format here has.
+    takes it as it is, with what earlier backups put there. ``format``: the target's, raw or qcow2;
+    by default the source's, or what an existing target looks like. With ``sync`` top and none the
+    target has a backing file, which only qcow2 has: what is below the source, or the source.
     """
 
     command: ClassVar[str] = "drive-backup"
