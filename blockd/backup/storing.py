@@ -30,7 +30,7 @@ class Storing:
         offset = data.first << self._clusters.shift
         if data.view is None:
             await self._store_zeroes(offset, self._clusters.length(data.first, data.end))
-        elif self._target.driver.supports_backing:
+        elif self._compress or self._target.driver.supports_backing:
             await self._store_runs(offset, data.view)
         else:
             await self._target.write(offset, data.view)

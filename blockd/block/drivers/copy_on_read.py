@@ -20,6 +20,7 @@ class CopyOnReadDriver(Filter):
     """
 
     name = "copy-on-read"
+    passes_compressed = True
     writes_at_reads = True
 
     def __init__(
@@ -88,6 +89,10 @@ class CopyOnReadDriver(Filter):
     async def write(self, offset: int, view: memoryview) -> None:
         async with self._copying.reserve(Extent(offset, len(view))):
             await super().write(offset, view)
+
+    async def write_compressed(self, offset: int, view: memoryview) -> None:
+        async with self._copying.reserve(Extent(offset, len(view))):
+            await super().write_compressed(offset, view)
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         async with self._copying.reserve(Extent(offset, length)):

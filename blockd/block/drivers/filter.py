@@ -20,6 +20,8 @@ class Filter(Driver):
 
     follows_child_size = True
     inline_offset_bytes = 0
+    #: Whether the child may get compressed clusters this way.
+    passes_compressed = False
     #: How the child is called in the driver's options.
     child_option = "file"
 
@@ -41,6 +43,7 @@ class Filter(Driver):
         self.direct = below.direct
         self.flushes = below.flushes
         self.ignores_discards = below.ignores_discards
+        self.compresses = self.passes_compressed and below.compresses
         self.filename = self.describe()
 
     def describe(self) -> str:
@@ -84,6 +87,9 @@ class Filter(Driver):
 
     async def write(self, offset: int, view: memoryview) -> None:
         await self.child.write(offset, view)
+
+    async def write_compressed(self, offset: int, view: memoryview) -> None:
+        await self.child.write_compressed(offset, view)
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         await self.child.write_zeroes(offset, length, unmap=unmap)

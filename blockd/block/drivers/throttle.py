@@ -23,6 +23,7 @@ class ThrottleDriver(Filter):
     """
 
     name = "throttle"
+    passes_compressed = True
 
     def __init__(
         self, child: Node, group: ThrottleGroup, group_id: str, *, read_only: bool = False
@@ -60,6 +61,10 @@ class ThrottleDriver(Filter):
     async def write(self, offset: int, view: memoryview) -> None:
         await self._account(writes=True, length=len(view))
         await super().write(offset, view)
+
+    async def write_compressed(self, offset: int, view: memoryview) -> None:
+        await self._account(writes=True, length=len(view))
+        await super().write_compressed(offset, view)
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         await self._account(writes=True, length=length)

@@ -64,4 +64,29 @@ SCENARIOS = [
             do("job-cancel", id="j"),
         ],
     ),
+    Scenario(
+        "qcow2-backup-compressed-through-filters",
+        [
+            node("n"),
+            *image("q", compression_type="zstd"),
+            do("object-add", qom_type="throttle-group", id="g"),
+            *(
+                step
+                for options in (
+                    {"driver": "throttle", "throttle_group": "g", "file": "q"},
+                    {"driver": "copy-on-read", "file": "q"},
+                )
+                for step in (
+                    do("blockdev-add", node_name="f", **options),
+                    backup(target="f", compress=True),
+                    ENDED,
+                    delete("f"),
+                )
+            ),
+            do("blockdev-add", node_name="f", driver="raw", file="q"),
+            backup(target="f", compress=True),
+            delete("f"),
+            delete("q"),
+        ],
+    ),
 ]
