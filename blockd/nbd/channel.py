@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import time
 
 import trio
 
 from blockd import limits
 from blockd.nbd.activity import Activity
+from blockd.nbd.tls import Certificate, Socket, TlsSocket
 
 
 class ClientGone(Exception):  # noqa: N818 - the ordinary end of a connection
@@ -19,11 +21,26 @@ class Channel:
     """``sock`` is connected and non-blocking. One task receives; any task may send."""
 
     def __init__(self, sock: socket.socket, activity: Activity) -> None:
-        self._sock = sock
+        self._sock: Socket = sock
         self._activity = activity
         self._send_lock = trio.Lock()
         self._spins = limits.NBD_SPINS_MAX
         self._slice_ends = 0.0
+
+    async def start_tls(self, context: ssl.SSLContext, early: bytes) -> Certificate:
+        """Go on encrypted; the client's certificate. Raises ``OSError``.
+
+        ``early`` is what was received before and is not in clear.
+        """
+        assert isinstance(self._sock, socket.socket)
+        with self._activity.waiting():
+            secure = await TlsSocket.start(self._sock, context, server=True, early=early)
+        self._sock = secure
+        return secure.certificate
+
+    def close(self) -> None:
+        """Hang up. Nobody may be using the channel."""
+        self._sock.close()
 
     # -- receiving -----------------------------------------------------------------------------
 

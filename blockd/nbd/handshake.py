@@ -67,6 +67,18 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class StartTls:
+    """Send ``reply`` in clear, shake hands by TLS, ask again; nothing goes in clear any more.
+
+    ``early`` is what the client has sent already: the beginning of its TLS handshake. Whatever
+    somebody put there for the options of the encrypted session makes that fail.
+    """
+
+    reply: bytes
+    early: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Transmission:
     """The handshake is over: take hold of the export, send ``reply``, serve requests.
 
@@ -94,7 +106,7 @@ class HardDisconnect:
 
 
 _End: TypeAlias = Transmission | SoftDisconnect | HardDisconnect
-_Answer: TypeAlias = Reply | _End
+_Answer: TypeAlias = Reply | StartTls | _End
 Step: TypeAlias = NeedData | _Answer
 
 # --- states: what the machine waits for; an _End is a state too -------------------------------
@@ -138,6 +150,14 @@ _State: TypeAlias = _Greeting | _Flags | _Header | _Data | _Waste | _End
 _Run: TypeAlias = "Callable[[Handshake, int, bytes], _Answer]"
 
 
+class _Tls(enum.Enum):
+    """proto.md, "NOTLS mode" and "FORCEDTLS mode", the latter before and after STARTTLS."""
+
+    NONE = enum.auto()
+    REQUIRED = enum.auto()
+    ON = enum.auto()
+
+
 class _Takes(enum.Enum):
     """What an option does with its data."""
 
@@ -161,8 +181,10 @@ class Handshake:
     as it is fed only after ``NeedData``.
     """
 
-    def __init__(self, exports: Exports) -> None:
+    def __init__(self, exports: Exports, *, tls: bool = False) -> None:
+        """``tls``: the client must have it before it may do anything else."""
         self._exports = exports
+        self._tls = _Tls.REQUIRED if tls else _Tls.NONE
         self._received = bytearray()
         self._state: _State = _Greeting()
         self._client_flags = ClientFlag(0)
@@ -229,7 +251,7 @@ class Handshake:
         return self._move(answer(b""))
 
     def _move(self, answer: _Answer) -> _Answer:
-        self._state = _Header() if isinstance(answer, Reply) else answer
+        self._state = _Header() if isinstance(answer, Reply | StartTls) else answer
         return answer
 
     def _take(self, length: int) -> bytes:
@@ -257,6 +279,8 @@ class Handshake:
     def _expect(self, option: int, length: int) -> _Data | _Waste:
         """The state that gathers an option's data and then answers it."""
         takes, run = self._OPTIONS.get(option, (_Takes.ANYTHING, Handshake._unsupported))
+        if self._tls is _Tls.REQUIRED and option != Option.STARTTLS:
+            takes, run = _Takes.ANYTHING, Handshake._tls_required
         if takes is _Takes.DATA and length <= limits.NBD_OPTION_DATA_BYTES:
             return _Data(length, partial(self._answer, run, option))
         if takes is _Takes.DATA:
@@ -295,8 +319,20 @@ class Handshake:
         replies.append(wire.option_reply(option, Rep.ACK))
         return Reply(b"".join(replies))
 
-    def _starttls(self, _option: int, _data: bytes) -> _Answer:
-        raise OptionError(Rep.ERR_POLICY, "TLS not configured")
+    def _starttls(self, option: int, _data: bytes) -> _Answer:
+        match self._tls:
+            case _Tls.NONE:
+                raise OptionError(Rep.ERR_POLICY, "TLS not configured")
+            case _Tls.ON:
+                raise OptionError(Rep.ERR_INVALID, "TLS already enabled")
+        self._tls = _Tls.ON
+        return StartTls(wire.option_reply(option, Rep.ACK), self._take(len(self._received)))
+
+    def _tls_required(self, option: int, _data: bytes) -> _Answer:
+        error = OptionError(Rep.ERR_TLS_REQD, f"Option 0x{option:x} not permitted before TLS")
+        if option == Option.ABORT:
+            return SoftDisconnect(wire.option_reply(option, error.kind, error.message.encode()))
+        raise error
 
     def _info(self, option: int, data: bytes) -> _Answer:
         """INFO and GO, which differ only in what follows."""

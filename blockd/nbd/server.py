@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from blockd.nbd.handshake import (
     NeedData,
     Reply,
     SoftDisconnect,
+    StartTls,
     Transmission,
 )
 from blockd.nbd.wire import ProtocolError
@@ -33,10 +35,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a server treats its clients. ``0`` connections: no limit; ``0`` seconds: no deadline."""
+    """How a server treats its clients. ``0`` connections: no limit; ``0`` seconds: no deadline.
+
+    ``tls``: with what each client must encrypt; without it, none can.
+    """
 
     max_connections: int = limits.NBD_CONNECTIONS
     handshake_seconds: float = limits.NBD_HANDSHAKE_SECONDS
+    tls: ssl.SSLContext | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -70,11 +76,15 @@ class NbdServer:
     async def start(self, address: Address, settings: Settings) -> None:
         """Listen; clients are served from now on. Raises ``BlockdError``."""
         async with self._one_start:
-            if self._running is not None:
-                raise BlockdError("NBD server already running")
+            self.check_stopped()
             listener = await trio.to_thread.run_sync(listen, address)
             self._running = _Running(settings, listener)
             self._nursery.start_soon(self._serve, self._running)
+
+    def check_stopped(self) -> None:
+        """Raise ``BlockdError`` where the server listens already."""
+        if self._running is not None:
+            raise BlockdError("NBD server already running")
 
     async def stop(self) -> None:
         """Disconnect all clients and delete all exports. Raises ``BlockdError``."""
@@ -193,6 +203,7 @@ class NbdServer:
 
     async def _serve_client(self, running: _Running, client: socket.socket) -> None:
         """The boundary of one connection: whatever goes wrong in it ends it alone."""
+        channel = Channel(client, self._activity)
         try:
             if client.family == socket.AF_UNIX:
                 # With TCP the kernel finds out by itself what is best.
@@ -200,7 +211,7 @@ class NbdServer:
             else:
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._activity.serving():
-                await self._converse(running, client)
+                await self._converse(running.settings, channel)
         except* (ClientGone, OSError, trio.TooSlowError) as gone:
             _log.info("NBD: a client was lost: %r", gone.exceptions[0])
         except* ProtocolError as refused:
@@ -208,15 +219,14 @@ class NbdServer:
         except* Exception:  # noqa: BLE001 - the boundary
             _log.exception("NBD: a connection failed")
         finally:
-            client.close()
+            channel.close()
             running.connections -= 1
             self._connection_ended.set()
             self._connection_ended = trio.Event()
 
-    async def _converse(self, running: _Running, client: socket.socket) -> None:
-        channel = Channel(client, self._activity)
-        with trio.fail_after(running.settings.handshake_seconds or float("inf")):
-            chosen = await self._shake_hands(channel)
+    async def _converse(self, settings: Settings, channel: Channel) -> None:
+        with trio.fail_after(settings.handshake_seconds or float("inf")):
+            chosen = await self._shake_hands(settings, channel)
         if chosen is None:
             return
         export = self._find(chosen.export.name)
@@ -237,8 +247,8 @@ class NbdServer:
                 export.connections.remove(scope)
                 self._delete_if_left(export)
 
-    async def _shake_hands(self, channel: Channel) -> Transmission | None:
-        handshake = Handshake(self)
+    async def _shake_hands(self, settings: Settings, channel: Channel) -> Transmission | None:
+        handshake = Handshake(self, tls=settings.tls is not None)
         received = memoryview(bytearray(limits.NBD_HANDSHAKE_BYTES))
         while True:
             match handshake.step():
@@ -247,6 +257,10 @@ class NbdServer:
                     handshake.feed(received[:count])
                 case Reply(data):
                     await channel.send(memoryview(data))
+                case StartTls(reply, early):
+                    assert settings.tls is not None
+                    await channel.send(memoryview(reply))
+                    await channel.start_tls(settings.tls, early)
                 case Transmission() as chosen:
                     return chosen
                 case SoftDisconnect(reply):

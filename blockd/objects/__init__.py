@@ -5,7 +5,7 @@ from blockd.objects.limits import Bucket, ThrottleLimits
 from blockd.objects.registry import Objects, UserObject
 from blockd.objects.secret import Secret
 from blockd.objects.throttle_group import ThrottleGroup
-from blockd.objects.tls import Endpoint, TlsAnon, TlsPsk, TlsX509
+from blockd.objects.tls import Endpoint, TlsAnon, TlsPsk, TlsX509, find_tls
 
 __all__ = [
     "Bucket",
@@ -19,4 +19,5 @@ __all__ = [
     "TlsPsk",
     "TlsX509",
     "UserObject",
+    "find_tls",
 ]

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Self
 
 from blockd.errors import BlockdError
-from blockd.objects.registry import UserObject
+from blockd.objects.registry import Objects, UserObject
 from blockd.objects.secret import Secret
 
 
@@ -21,17 +21,21 @@ class Endpoint(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class TlsAnon(UserObject):
-    """No credentials: encrypted, and whoever listens in the middle is not found out."""
+class TlsCredentials(UserObject):
+    """What one end of a TLS connection has to show, and asks the other for."""
 
     endpoint: Endpoint
 
 
 @dataclass(slots=True, eq=False)
-class TlsPsk(UserObject):
+class TlsAnon(TlsCredentials):
+    """No credentials: encrypted, and whoever listens in the middle is not found out."""
+
+
+@dataclass(slots=True, eq=False)
+class TlsPsk(TlsCredentials):
     """Keys that both ends have, by user name."""
 
-    endpoint: Endpoint
     keys: dict[str, bytes] = field(repr=False)
     #: As whom a client presents itself.
     username: str | None
@@ -49,6 +53,20 @@ class TlsPsk(UserObject):
         if user not in keys:
             raise BlockdError(f"Username {user} not found in PSK file {path}")
         return cls(endpoint, keys, user)
+
+
+def find_tls(objects: Objects, object_id: str, endpoint: Endpoint) -> ssl.SSLContext:
+    """What connections are made with. Raises ``BlockdError`` where the id names no such thing."""
+    found = objects.find(object_id, TlsCredentials)
+    if found is None and object_id in objects:
+        raise BlockdError(f"Object with id '{object_id}' is not TLS credentials")
+    if found is None:
+        raise BlockdError(f"No TLS credentials with id '{object_id}'")
+    if found.endpoint is not endpoint:
+        raise BlockdError(f"Expected TLS credentials for a {endpoint.value} endpoint")
+    if not isinstance(found, TlsX509):
+        raise BlockdError(f"TLS credentials '{object_id}' are no certificates: use tls-creds-x509")
+    return found.context
 
 
 def _read_keys(path: str) -> dict[str, bytes]:
@@ -70,10 +88,9 @@ def _read_keys(path: str) -> dict[str, bytes]:
 
 
 @dataclass(slots=True, eq=False)
-class TlsX509(UserObject):
+class TlsX509(TlsCredentials):
     """Certificates. ``context`` has them all, and says whether the other end must have one."""
 
-    endpoint: Endpoint
     context: ssl.SSLContext = field(repr=False)
 
     @classmethod
@@ -93,7 +110,7 @@ class TlsX509(UserObject):
         server = endpoint is Endpoint.SERVER
         authority = _credential(directory, "ca-cert.pem")
         where = os.path.dirname(authority)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        context = _context(endpoint)
         if not verify_peer:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
@@ -109,6 +126,17 @@ class TlsX509(UserObject):
             key = _credential(directory, f"{endpoint.value}-key.pem")
             _load_pair(context, certificate, key, password)
         return cls(endpoint, context)
+
+
+def _context(endpoint: Endpoint) -> ssl.SSLContext:
+    server = endpoint is Endpoint.SERVER
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    # Every connection is looked at anew, also after an authority has revoked something.
+    context.options |= ssl.OP_NO_TICKET
+    if server:
+        context.num_tickets = 0
+    return context
 
 
 def _load_revocations(context: ssl.SSLContext, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -122,14 +123,30 @@ class RawClient:
     """A connection whose bytes the test sends and receives itself."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
-        self.stream = stream
+        self.stream: trio.SocketStream | trio.SSLStream[trio.SocketStream] = stream
         self._cookie = 0
 
     async def go(self, name: str, *, structured: bool = False) -> None:
+        await self.greet()
+        await self.choose(name, structured=structured)
+
+    async def greet(self) -> None:
         await self.receive(18)
+        await self.send((3).to_bytes(4))
+
+    async def start_tls(self, context: ssl.SSLContext) -> None:
+        """The certificate of the server has to be for localhost."""
+        assert isinstance(self.stream, trio.SocketStream)
+        await self.send(option_bytes(Option.STARTTLS))
+        await self._await_ack()
+        secure = trio.SSLStream(self.stream, context, server_hostname="localhost")
+        await secure.do_handshake()
+        self.stream = secure
+
+    async def choose(self, name: str, *, structured: bool = False) -> None:
+        """Enter transmission."""
         options = option_bytes(Option.STRUCTURED_REPLY) if structured else b""
-        options += option_bytes(Option.GO, info_bytes(name.encode()))
-        await self.send((3).to_bytes(4) + options)
+        await self.send(options + option_bytes(Option.GO, info_bytes(name.encode())))
         for _ in range(2 if structured else 1):
             await self._await_ack()
 

@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.certificates import Authority
 from tests.helpers.daemon import Daemon
 from tests.helpers.qmp_client import QmpClient, QmpError
-from tests.helpers.tools import require_tool
-
-CURVE = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
-
-
-def openssl(directory: Path, *arguments: str) -> None:
-    subprocess.run(
-        [require_tool("openssl"), *arguments],
-        cwd=directory,
-        check=True,
-        capture_output=True,
-        timeout=60,
-    )
 
 
 @pytest.fixture
 def credentials(tmp_path: Path) -> Path:
     """A directory with an authority, and certificates of both ends; the server's key is sealed."""
-    made = tmp_path / "tls"
-    made.mkdir()
-    authority = ["-x509", "-nodes", "-subj", "/CN=CA", "-keyout", "ca-key.pem"]
-    openssl(made, "req", *CURVE, *authority, "-out", "ca-cert.pem")
-    for end, sealed in (("server", ["-passout", "pass:hunter2"]), ("client", ["-nodes"])):
-        request = ["-subj", "/CN=localhost", "-keyout", f"{end}-key.pem", "-out", "request.pem"]
-        openssl(made, "req", *CURVE, *sealed, *request)
-        signed = ["-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-CAcreateserial"]
-        openssl(made, "x509", "-req", "-in", "request.pem", *signed, "-out", f"{end}-cert.pem")
-    return made
+    authority = Authority(tmp_path / "authority")
+    authority.issue(tmp_path / "tls", "server", password="hunter2")
+    return authority.issue(tmp_path / "tls", "client")
 
 
 def refusal(qmp: QmpClient, directory: Path, **options: Any) -> str:
@@ -88,7 +68,8 @@ def damage(qmp: QmpClient, credentials: Path) -> None:
     crl.write_text("junk")
     assert refusal(qmp, credentials, end="client").startswith("Cannot load CRL 'DIR/ca-crl.pem': ")
     crl.unlink()
-    shutil.copy(credentials / "ca-key.pem", credentials / "server-key.pem")
+    # A key, but of another certificate.
+    shutil.copy(credentials.parent / "authority/ca-key.pem", credentials / "server-key.pem")
     pair = "Cannot load certificate 'DIR/server-cert.pem' & key 'DIR/server-key.pem': "
     assert refusal(qmp, credentials).startswith(pair)
     (credentials / "ca-cert.pem").write_text("junk")

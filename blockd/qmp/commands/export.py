@@ -9,6 +9,7 @@ import trio
 
 from blockd import limits, listener, nbd
 from blockd.errors import BlockdError
+from blockd.objects import Endpoint, find_tls
 from blockd.qmp.services import Services
 from blockd.qmp.types.export import (
     BlockExportDel,
@@ -26,7 +27,11 @@ _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 
 async def nbd_server_start(services: Services, arguments: NbdServerStart) -> None:
-    settings = nbd.Settings(arguments.max_connections, arguments.handshake_max_seconds)
+    services.nbd.check_stopped()
+    tls = None
+    if arguments.tls_creds is not None:
+        tls = find_tls(services.objects, arguments.tls_creds, Endpoint.SERVER)
+    settings = nbd.Settings(arguments.max_connections, arguments.handshake_max_seconds, tls)
     await services.nbd.start(_address(arguments.addr), settings)
 
 

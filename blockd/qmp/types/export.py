@@ -42,12 +42,14 @@ class NbdServerStart(Command, kw_only=True):
     """Take NBD clients at an address.
 
     ``max-connections``: at once; 0 for no limit. ``handshake-max-seconds``: a client that has
-    not chosen an export by then is dropped; 0 for no limit.
+    not chosen an export by then is dropped; 0 for no limit. ``tls-creds``: the credentials with
+    which every client must encrypt.
     """
 
     command: ClassVar[str] = "nbd-server-start"
 
     handshake_max_seconds: UInt32 = 10
+    tls_creds: str | None = None
     max_connections: UInt32 = 100
     addr: InetAddress | UnixAddress
 
