@@ -174,6 +174,8 @@ NODE_BYTES = (1 << 63) - GIB
 
 #: A secret's file: far more than any password or key.
 SECRET_BYTES = 1 * MIB
+#: A file with rules for who may come in: some thousands of names.
+AUTHZ_FILE_BYTES = 1 * MIB
 
 # --- sockets ---------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The NBD server: nodes as disks for guests."""
 
 from blockd.nbd.export import Export
-from blockd.nbd.server import NbdServer, Settings
+from blockd.nbd.server import NbdServer, Settings, Tls
+from blockd.nbd.tls import Certificate
 
-__all__ = ["Export", "NbdServer", "Settings"]
+__all__ = ["Certificate", "Export", "NbdServer", "Settings", "Tls"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
 import trio
@@ -28,21 +28,30 @@ from blockd.nbd.handshake import (
     StartTls,
     Transmission,
 )
+from blockd.nbd.tls import Certificate
 from blockd.nbd.wire import ProtocolError
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class Tls:
+    """How connections are encrypted. ``admit`` raises ``BlockdError`` for who must not come in."""
+
+    context: ssl.SSLContext
+    admit: Callable[[Certificate], Awaitable[None]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """How a server treats its clients. ``0`` connections: no limit; ``0`` seconds: no deadline.
 
-    ``tls``: with what each client must encrypt; without it, none can.
+    ``tls``: what each client must do; without it, none can.
     """
 
     max_connections: int = limits.NBD_CONNECTIONS
     handshake_seconds: float = limits.NBD_HANDSHAKE_SECONDS
-    tls: ssl.SSLContext | None = None
+    tls: Tls | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -216,6 +225,8 @@ class NbdServer:
             _log.info("NBD: a client was lost: %r", gone.exceptions[0])
         except* ProtocolError as refused:
             _log.warning("NBD: a client was dropped: %r", str(refused.exceptions[0]))
+        except* BlockdError as refused:
+            _log.warning("NBD: a client was not let in: %s", refused.exceptions[0])
         except* Exception:  # noqa: BLE001 - the boundary
             _log.exception("NBD: a connection failed")
         finally:
@@ -260,7 +271,9 @@ class NbdServer:
                 case StartTls(reply, early):
                     assert settings.tls is not None
                     await channel.send(memoryview(reply))
-                    await channel.start_tls(settings.tls, early)
+                    certificate = await channel.start_tls(settings.tls.context, early)
+                    if settings.tls.admit is not None:
+                        await settings.tls.admit(certificate)
                 case Transmission() as chosen:
                     return chosen
                 case SoftDisconnect(reply):

@@ -1,5 +1,14 @@
 """What commands make for other commands to name: secrets, TLS credentials, throttle groups."""
 
+from blockd.objects.authorization import (
+    AuthzList,
+    AuthzListFile,
+    AuthzSimple,
+    Format,
+    Policy,
+    Rule,
+    authorize,
+)
 from blockd.objects.iothread import Iothread
 from blockd.objects.limits import Bucket, ThrottleLimits
 from blockd.objects.registry import Objects, UserObject
@@ -8,10 +17,16 @@ from blockd.objects.throttle_group import ThrottleGroup
 from blockd.objects.tls import Endpoint, TlsAnon, TlsPsk, TlsX509, find_tls
 
 __all__ = [
+    "AuthzList",
+    "AuthzListFile",
+    "AuthzSimple",
     "Bucket",
     "Endpoint",
+    "Format",
     "Iothread",
     "Objects",
+    "Policy",
+    "Rule",
     "Secret",
     "ThrottleGroup",
     "ThrottleLimits",
@@ -19,5 +34,6 @@ __all__ = [
     "TlsPsk",
     "TlsX509",
     "UserObject",
+    "authorize",
     "find_tls",
 ]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 import re
-import stat
 from dataclasses import dataclass, field
 from typing import Self
 
 from blockd import limits
 from blockd.errors import BlockdError
+from blockd.objects.files import read_file
 from blockd.objects.registry import UserObject
 
 _BASE64 = re.compile(rb"[A-Za-z0-9+/=\n]*")
@@ -29,36 +28,12 @@ class Secret(UserObject):
         if data is not None and path is not None:
             raise BlockdError("'file' and 'data' are mutually exclusive")
         if path is not None:
-            value = _read(path)
+            value = read_file(path, limits.SECRET_BYTES)
         elif data is not None:
             value = data.encode()
         else:
             raise BlockdError("Either 'file' or 'data' must be provided")
         return cls(_decode(value) if is_base64 else value)
-
-
-def _read(path: str) -> bytes:
-    what = "Failed to open"
-    try:
-        # Nobody may ever write to a pipe that is opened here.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        what = "Error reading"
-        try:
-            status = os.fstat(fd)
-            if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-                raise BlockdError(f"Unable to read {path}: it is not a regular file")
-            # A directory is refused before anything would own, and close, the descriptor.
-            with open(fd, "rb", closefd=False) as file:
-                value = file.read(limits.SECRET_BYTES + 1)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise BlockdError(
-            f"Unable to read {path}: {what} file “{path}”: {error.strerror}"
-        ) from error
-    if len(value) > limits.SECRET_BYTES:
-        raise BlockdError(f"Unable to read {path}: over {limits.SECRET_BYTES} bytes")
-    return value
 
 
 def _decode(text: bytes) -> bytes:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import ssl
 from typing import Any
 
 import trio
 
 from blockd import limits, listener, nbd
 from blockd.errors import BlockdError
-from blockd.objects import Endpoint, find_tls
+from blockd.objects import Endpoint, authorize, find_tls
 from blockd.qmp.services import Services
 from blockd.qmp.types.export import (
     BlockExportDel,
@@ -28,11 +29,25 @@ _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 async def nbd_server_start(services: Services, arguments: NbdServerStart) -> None:
     services.nbd.check_stopped()
-    tls = None
-    if arguments.tls_creds is not None:
-        tls = find_tls(services.objects, arguments.tls_creds, Endpoint.SERVER)
-    settings = nbd.Settings(arguments.max_connections, arguments.handshake_max_seconds, tls)
+    settings = nbd.Settings(
+        arguments.max_connections, arguments.handshake_max_seconds, _tls(services, arguments)
+    )
     await services.nbd.start(_address(arguments.addr), settings)
+
+
+def _tls(services: Services, arguments: NbdServerStart) -> nbd.Tls | None:
+    creds, authz = arguments.tls_creds, arguments.tls_authz
+    context = None if creds is None else find_tls(services.objects, creds, Endpoint.SERVER)
+    if authz is None:
+        return None if context is None else nbd.Tls(context)
+    if context is None or context.verify_mode is not ssl.CERT_REQUIRED:
+        # QEMU takes this, and lets everybody in.
+        raise BlockdError("'tls-authz' needs 'tls-creds' that verify the client's certificate")
+
+    async def admit(certificate: nbd.Certificate) -> None:
+        await authorize(services.objects, authz, certificate.get("subject", ()))
+
+    return nbd.Tls(context, admit)
 
 
 def _address(declared: InetAddress | UnixAddress) -> listener.UnixAddress | listener.InetAddress:

@@ -7,9 +7,15 @@ from msgspec import structs
 
 from blockd.errors import BlockdError
 from blockd.objects import (
+    AuthzList,
+    AuthzListFile,
+    AuthzSimple,
     Bucket,
     Endpoint,
+    Format,
     Iothread,
+    Policy,
+    Rule,
     Secret,
     ThrottleGroup,
     ThrottleLimits,
@@ -20,6 +26,9 @@ from blockd.objects import (
 )
 from blockd.qmp.services import Services
 from blockd.qmp.types.objects import (
+    AuthzListFileOptions,
+    AuthzListOptions,
+    AuthzSimpleOptions,
     IothreadOptions,
     ObjectAddOptions,
     ObjectDel,
@@ -59,9 +68,23 @@ async def _make(services: Services, options: ObjectAddOptions) -> UserObject:
             return await _make_x509(services, options)
         case ThrottleGroupOptions():
             return ThrottleGroup(_limits(options))
+        case AuthzSimpleOptions(identity=identity):
+            return AuthzSimple(identity)
+        case AuthzListOptions():
+            return _list(options)
+        case AuthzListFileOptions(filename=path, refresh=refresh):
+            return await trio.to_thread.run_sync(lambda: AuthzListFile.load(path, refresh=refresh))
         case IothreadOptions():
             _check_iothread(options)
             return Iothread()
+
+
+def _list(options: AuthzListOptions) -> AuthzList:
+    rules = options.rules or []
+    return AuthzList(
+        [Rule(each.match, Policy(each.policy), Format(each.format)) for each in rules],
+        Policy(options.policy),
+    )
 
 
 async def _make_x509(services: Services, options: TlsCredsX509Options) -> TlsX509:

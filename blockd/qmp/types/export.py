@@ -43,13 +43,15 @@ class NbdServerStart(Command, kw_only=True):
 
     ``max-connections``: at once; 0 for no limit. ``handshake-max-seconds``: a client that has
     not chosen an export by then is dropped; 0 for no limit. ``tls-creds``: the credentials with
-    which every client must encrypt.
+    which every client must encrypt. ``tls-authz``: the object that says whose certificates are
+    let in; by default, all of the authority's.
     """
 
     command: ClassVar[str] = "nbd-server-start"
 
     handshake_max_seconds: UInt32 = 10
     tls_creds: str | None = None
+    tls_authz: str | None = None
     max_connections: UInt32 = 100
     addr: InetAddress | UnixAddress
 

@@ -1,4 +1,4 @@
-"""Objects that other commands name: secrets, TLS credentials, throttle groups."""
+"""Objects that other commands name: secrets, TLS credentials, authorisation, throttle groups."""
 
 from __future__ import annotations
 
@@ -57,6 +57,40 @@ class TlsCredsX509Options(
     """
 
     passwordid: str | None = None
+
+
+class AuthzRule(Object, kw_only=True):
+    """What becomes of those who match.
+
+    ``format``: whether ``match`` is the name itself, or a pattern with ``*`` and ``?``.
+    """
+
+    match: str
+    policy: Literal["deny", "allow"]
+    format: Literal["exact", "glob"] = "exact"
+
+
+class AuthzSimpleOptions(ObjectOptions, tag_field="qom-type", tag="authz-simple", kw_only=True):
+    """Allows one alone. ``identity``: its name, of a certificate the distinguished name."""
+
+    identity: str
+
+
+class AuthzListOptions(ObjectOptions, tag_field="qom-type", tag="authz-list", kw_only=True):
+    """The first of the rules that matches decides; ``policy``, where none does."""
+
+    policy: Literal["deny", "allow"] = "deny"
+    rules: list[AuthzRule] | None = None
+
+
+class AuthzListFileOptions(ObjectOptions, tag_field="qom-type", tag="authz-listfile", kw_only=True):
+    """An ``authz-list`` in a file, as JSON.
+
+    ``refresh``: whether it is read anew for each client, and nobody is let in while it can't be.
+    """
+
+    filename: str
+    refresh: bool = True
 
 
 class ThrottleLimits(Object, kw_only=True):
@@ -125,7 +159,10 @@ class IothreadOptions(ObjectOptions, tag_field="qom-type", tag="iothread", kw_on
 
 #: The arguments of ``object-add``.
 ObjectAddOptions = (
-    IothreadOptions
+    AuthzListFileOptions
+    | AuthzListOptions
+    | AuthzSimpleOptions
+    | IothreadOptions
     | SecretOptions
     | ThrottleGroupOptions
     | TlsCredsAnonOptions
