@@ -14,12 +14,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import NamedTuple, Protocol
 
+from tests.fuzz.nbd import BesideQemuTarget
 from tests.fuzz.qmp import QmpTarget
 from tests.helpers.daemon import PATIENCE_SECONDS, Daemon
 from tests.helpers.qmp_client import QmpClient
@@ -39,8 +40,11 @@ BUG = re.compile("Traceback|Internal error|failed unexpectedly")
 class Target(Protocol):
     """What of the daemon gets the input."""
 
-    def __init__(self, daemon: Daemon) -> None:
-        """``daemon`` has just been started, in its own directory."""
+    def __init__(self, daemon: Daemon, stack: ExitStack) -> None:
+        """``daemon`` has just been started, in its own directory.
+
+        What else the target needs goes onto the stack, to be given up at the end.
+        """
 
     def play(self, random: Random) -> None:
         """One round. Raise ``AssertionError`` where what is answered is wrong, ``TimeoutError``
@@ -54,7 +58,7 @@ class Target(Protocol):
         """What was sent lately, for whoever has to find out."""
 
 
-TARGETS: dict[str, type[Target]] = {"qmp": QmpTarget}
+TARGETS: dict[str, type[Target]] = {"qmp": QmpTarget, "nbd-beside-qemu": BesideQemuTarget}
 
 
 class Usage(NamedTuple):
@@ -81,7 +85,16 @@ class Campaign:
         resource.prlimit(
             self.daemon.pid, resource.RLIMIT_FSIZE, (FILE_SIZE_MAX_BYTES, resource.RLIM_INFINITY)
         )
-        target = self.target(self.daemon)
+        try:
+            with ExitStack() as stack:
+                self._run(self.target(self.daemon, stack), goes_on)
+            assert self.daemon.terminate() == 0
+            self._check_log()
+        finally:
+            if self.daemon.running:
+                self.daemon.kill()
+
+    def _run(self, target: Target, goes_on: Callable[[int], bool]) -> None:
         try:
             with QmpClient(self.daemon.qmp_path) as self.qmp:
                 self._play(target, WARM_UP_ROUNDS)
@@ -89,15 +102,10 @@ class Campaign:
                 while goes_on(self.rounds):
                     self._play(target, LOOK_EVERY_ROUNDS)
                     self._check(usage, memory)
-            assert self.daemon.terminate() == 0
-            self._check_log()
         except BaseException:
             told = f"seed {self.seed}, round {self.rounds}\n{target.last_input()}"
             (self.directory / "last-input.txt").write_text(told)
             raise
-        finally:
-            if self.daemon.running:
-                self.daemon.kill()
 
     def _play(self, target: Target, rounds: int) -> None:
         for _ in range(rounds):

@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections import deque
+from contextlib import ExitStack
 from random import Random
 from typing import Any
 
@@ -220,7 +221,7 @@ def without_long_waits(value: Any) -> Any:
 class QmpTarget:
     """Each round is one client, which says some thirty things and then goes, or is cut off."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, _: ExitStack) -> None:
         self._path = daemon.qmp_path
         self._sent: deque[bytes] = deque(maxlen=REMEMBERED)
         for name in FILES:

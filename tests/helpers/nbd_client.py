@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterable
 from typing import Protocol, Self
 
+from blockd import limits
 from blockd.nbd import wire
 from blockd.nbd.wire import ClientFlag, Cmd, Errno, Option, ProtocolError, Rep, ReplyFlag
 from tests.helpers.nbd_codec import (
@@ -147,7 +148,9 @@ class NbdClient:
     def submit(self, call: Call) -> int:
         """Send one request; its cookie, to ``wait`` for."""
         self._cookie += 1
-        data = bytearray(call.length if call.cmd == Cmd.READ else 0)
+        # What is longer is refused.
+        reads = call.cmd == Cmd.READ and call.length <= limits.NBD_PAYLOAD_BYTES
+        data = bytearray(call.length if reads else 0)
         self._pending[self._cookie] = Pending(call, data)
         self.send(request_bytes(call, self._cookie))
         return self._cookie

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from blockd.nbd import wire
-from blockd.nbd.wire import Cmd, Errno, Info, ProtocolError, Rep, ReplyType
+from blockd.nbd.wire import Errno, Info, ProtocolError, Rep, ReplyType
 
 
 class NbdError(Exception):
@@ -20,7 +20,7 @@ class NbdError(Exception):
 
 
 class Call(NamedTuple):
-    """One request; ``data`` is a write's, which needs no ``length``."""
+    """One request; ``data`` is a write's, and if there are any, ``length`` is theirs."""
 
     cmd: int
     offset: int = 0
@@ -50,7 +50,7 @@ def info_bytes(name: bytes, *requests: int) -> bytes:
 
 
 def request_bytes(call: Call, cookie: int) -> bytes:
-    length = len(call.data) if call.cmd == Cmd.WRITE else call.length
+    length = len(call.data) or call.length
     fields = (wire.REQUEST_MAGIC, call.flags, call.cmd, cookie, call.offset, length)
     return wire.REQUEST.pack(*fields) + call.data
 

@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.helpers.daemon import PATIENCE_SECONDS
@@ -16,8 +16,10 @@ from tests.helpers.tools import require_tool
 class NbdProcess:
     """``command`` serves at ``socket_path``, also again after ``kill``."""
 
-    def __init__(self, command: list[str], socket_path: Path) -> None:
+    def __init__(self, command: list[str], socket_path: Path, log_path: Path | None = None) -> None:
+        """``log_path``: for what it says on standard error, which is ours otherwise."""
         self.socket_path = socket_path
+        self._log_path = log_path
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -33,12 +35,15 @@ class NbdProcess:
             os.set_inheritable(listening.fileno(), True)
             # The number that systemd's protocol prescribes, and the process that it is meant for.
             script = f'exec 3<&{listening.fileno()}; LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
-            self._process = subprocess.Popen(
-                ["/bin/bash", "-c", script, "bash", *self._command],
-                pass_fds=[listening.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            )
+            with ExitStack() as stack:
+                log = stack.enter_context(self._log_path.open("ab")) if self._log_path else None
+                self._process = subprocess.Popen(
+                    ["/bin/bash", "-c", script, "bash", *self._command],
+                    pass_fds=[listening.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                )
 
     def kill(self) -> None:
         """SIGKILL, and wait."""
@@ -49,9 +54,11 @@ class NbdProcess:
 
 
 @contextmanager
-def serving(command: list[str], socket_path: Path) -> Iterator[NbdProcess]:
+def serving(
+    command: list[str], socket_path: Path, log_path: Path | None = None
+) -> Iterator[NbdProcess]:
     """The server, while the body runs."""
-    process = NbdProcess(command, socket_path)
+    process = NbdProcess(command, socket_path, log_path)
     process.start()
     try:
         yield process
