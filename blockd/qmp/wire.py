@@ -10,8 +10,23 @@ from blockd.events import Event
 
 
 def encode(message: object) -> bytes:
-    """One line."""
-    return orjson.dumps(message) + b"\r\n"
+    """One line. As in QEMU, U+FFFD stands for what is not UTF-8 in a name."""
+    try:
+        return orjson.dumps(message) + b"\r\n"
+    except orjson.JSONEncodeError:
+        return orjson.dumps(_readable(message)) + b"\r\n"
+
+
+def _readable(value: object) -> object:
+    match value:
+        case str():
+            return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        case dict():
+            return {_readable(key): _readable(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_readable(each) for each in value]
+        case _:
+            return value
 
 
 def success(result: object, request_id: dict[str, Any]) -> bytes:

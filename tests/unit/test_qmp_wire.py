@@ -259,3 +259,10 @@ def test_an_event_without_data() -> None:
     assert wire.event(Event("STOP", {}, 0)) == (
         b'{"timestamp":{"seconds":0,"microseconds":0},"event":"STOP"}\r\n'
     )
+
+
+def test_a_name_that_is_not_utf_8_can_be_told() -> None:
+    name = b"ab\xffc".decode("utf-8", "surrogateescape")
+    assert wire.success({"names": [name, "\u00e9"]}, {"id": 1}) == (
+        '{"return":{"names":["ab\ufffdc","\u00e9"]},"id":1}\r\n'.encode()
+    )
