@@ -118,8 +118,8 @@ class NodeBitmaps:
         return tuple(sorted(self._bitmaps.values(), key=lambda bitmap: -bitmap.rank))
 
     def kept(self) -> Sequence[DirtyBitmap]:
-        """Those that are to outlive the node, the newest first."""
-        return [bitmap for bitmap in self.list() if bitmap.persistent]
+        """Those that are to outlive the node, in any order, for there may be very many."""
+        return [bitmap for bitmap in self._bitmaps.values() if bitmap.persistent]
 
     def infos(self) -> tuple[BitmapInfo, ...]:
         """What a query shows: the newest first, a successor being as new as its freeze."""

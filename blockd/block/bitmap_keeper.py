@@ -92,7 +92,7 @@ class BitmapKeeper:
         if self.store is None or not self._loaded:
             return
         try:
-            await self.store.store(self._bitmaps.kept())
+            await self.store.store(sorted(self._bitmaps.kept(), key=lambda each: -each.rank))
         except OSError as error:
             log.error("bitmaps of node '%s' are lost: %s", self._node_name, error.strerror)
             raise

@@ -77,6 +77,31 @@ def test_each_goes_on_where_the_other_stopped(daemon: Daemon, image: Path) -> No
     check(image)
 
 
+def test_qemu_img_changes_them_in_between(daemon: Daemon, image: Path) -> None:
+    with QmpClient(daemon.qmp_path) as client:
+        open_image(client, image)
+        for name in ("a", "b", "c"):
+            add(client, name)
+        write(client, image.parent, 0, 5 * MIB)
+        client.execute("block-dirty-bitmap-clear", {"node": "n", "name": "b"})
+        write(client, image.parent, 9 * MIB)
+        client.execute("blockdev-del", {"node-name": "n"})
+        qemu_img("bitmap", "--merge", "b", "--clear", "--merge", "b", "--disable", image, "a")
+        qemu_img("bitmap", "--remove", image, "c")
+        qemu_img("bitmap", "--add", "--merge", "a", "-g", "128k", image, "d")
+        check(image)
+        open_image(client, image)
+        found = {name: (each["count"], each["recording"]) for name, each in bitmaps(client).items()}
+        assert found == {
+            "a": (GRANULE, False),
+            "b": (GRANULE, True),
+            "d": (2 * GRANULE, True),
+        }
+        client.execute("blockdev-del", {"node-name": "n"})
+    assert flags(image) == {"a": [], "b": ["auto"], "d": ["auto"]}
+    check(image)
+
+
 def test_after_a_kill_they_are_inconsistent(daemon: Daemon, image: Path) -> None:
     with QmpClient(daemon.qmp_path) as client:
         open_image(client, image)

@@ -80,7 +80,7 @@ class Opened:
             await self.kept.mark_in_use()
 
     async def close(self) -> None:
-        await self.kept.store(self.bitmaps.kept())
+        await self.kept.store(self.bitmaps.list())
         self.room.close()
 
     def add(self, name: str, granularity: int = 65536, *, disabled: bool = False) -> None:
@@ -224,7 +224,7 @@ async def test_extra_data_is_kept(image: Path, flag: BitmapFlag) -> None:
     """QEMU refuses it; the specification wants it to be left as it is, and to be respected."""
     qemu_img("bitmap", "--add", image, "b")
     here = await opened(image)
-    await here.kept.store(here.bitmaps.kept())
+    await here.kept.store(here.bitmaps.list())
     (entry,) = here.kept.entries
     extra = replace(entry, extra_data=b"what is it", flags=entry.flags | flag)
     await here.kept._replace([extra])

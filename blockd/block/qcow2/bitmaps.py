@@ -174,8 +174,7 @@ class Qcow2Bitmaps:
             raise BlockdError("No write access")
         if len(others) >= limits.QCOW2_BITMAPS:
             raise BlockdError("Maximum number of persistent bitmaps is already reached")
-        directory_bytes = sum(entry_bytes(each.name) for each in others) + entry_bytes(name)
-        if directory_bytes > limits.QCOW2_BITMAP_DIRECTORY_BYTES:
+        if not _fit_into_directory(name, others):
             raise BlockdError("No enough space in the bitmap directory")
         shape = self._shape(granularity_bytes)
         if not shape.words:
@@ -306,6 +305,13 @@ class Qcow2Bitmaps:
         words = await self._read_table(entry)
         table = (entry.table_offset, table_bytes(entry.table_words))
         return [table, *((word, cluster_size) for word in words if word > ALL_ONES)]
+
+
+def _fit_into_directory(name: str, others: Sequence[DirtyBitmap]) -> bool:
+    most = limits.QCOW2_BITMAP_DIRECTORY_BYTES
+    if (len(others) + 1) * entry_bytes("n" * limits.BITMAP_NAME_BYTES) <= most:
+        return True  # whatever they are called
+    return sum(entry_bytes(each.name) for each in others) + entry_bytes(name) <= most
 
 
 def _with_bitmaps(header: Header, bitmaps: BitmapsExtension | None) -> Header:
