@@ -21,6 +21,7 @@ from random import Random
 from typing import NamedTuple, Protocol
 
 from tests.fuzz.nbd import BesideQemuTarget
+from tests.fuzz.qcow2 import Qcow2Target
 from tests.fuzz.qmp import QmpTarget
 from tests.helpers.daemon import PATIENCE_SECONDS, Daemon
 from tests.helpers.qmp_client import QmpClient
@@ -58,7 +59,11 @@ class Target(Protocol):
         """What was sent lately, for whoever has to find out."""
 
 
-TARGETS: dict[str, type[Target]] = {"qmp": QmpTarget, "nbd-beside-qemu": BesideQemuTarget}
+TARGETS: dict[str, type[Target]] = {
+    "nbd-beside-qemu": BesideQemuTarget,
+    "qcow2": Qcow2Target,
+    "qmp": QmpTarget,
+}
 
 
 class Usage(NamedTuple):
