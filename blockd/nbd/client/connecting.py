@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from blockd.listener import InetAddress, SocketAddress, UnixAddress
 from blockd.nbd.client.connection import Connection
 from blockd.nbd.client.handshake import negotiate
 from blockd.nbd.client.stream import Stream
+from blockd.nbd.client.tls import Tls, tls_reason
 from blockd.nbd.wire import ProtocolError
 
 
@@ -26,6 +28,18 @@ class Target:
 
     address: UnixAddress | InetAddress
     export: str = ""
+    #: TLS credentials, also by the id that they have.
+    tls: ssl.SSLContext | None = None
+    tls_creds: str | None = None
+    tls_hostname: str | None = None
+
+    @property
+    def secure(self) -> Tls | None:
+        """How connections are encrypted."""
+        if self.tls is None:
+            return None
+        host = self.address.host if isinstance(self.address, InetAddress) else None
+        return Tls(self.tls, self.tls_hostname or host)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -36,7 +50,12 @@ class Target:
             server = {"type": "unix", "path": address.path}
         else:
             server = {"type": "inet", "host": address.host, "port": address.port}
-        return {"server": server} | ({"export": self.export} if self.export else {})
+        others = {
+            "export": self.export or None,
+            "tls-creds": self.tls_creds,
+            "tls-hostname": self.tls_hostname,
+        }
+        return {"server": server} | {name: each for name, each in others.items() if each}
 
     @property
     def uri(self) -> str:
@@ -57,7 +76,7 @@ async def connect(target: Target) -> Connection:
         with trio.fail_after(limits.NBD_CLIENT_CONNECT_SECONDS):
             stream = Stream(await _connect_socket(target.address))
             try:
-                return Connection(stream, await negotiate(stream, target.export))
+                return Connection(stream, await negotiate(stream, target.export, target.secure))
             except BaseException:
                 stream.close()
                 raise
@@ -66,7 +85,7 @@ async def connect(target: Target) -> Connection:
     except (ProtocolError, struct.error) as error:
         raise BlockdError(f"{target.address} is no usable NBD server: {error}") from error
     except OSError as error:
-        raise BlockdError(f"Failed to read data: {error}") from error
+        raise BlockdError(f"Failed to read data: {tls_reason(error)}") from error
 
 
 async def _connect_socket(address: UnixAddress | InetAddress) -> socket.socket:

@@ -223,10 +223,11 @@ class Connection:
 
     async def _receive_payload(self, chunk: _Chunk) -> None:
         while chunk.received < chunk.length:
-            await self._stream.wait_some()
-            # Asked for only now: meanwhile the request's caller may have gone.
-            target = chunk.target(self._waste)
-            chunk.received += self._stream.take_some_into(target)
+            # Asked for anew after each wait: meanwhile the request's caller may have gone.
+            count = self._stream.take_some_into(chunk.target(self._waste))
+            chunk.received += count
+            if not count:
+                await self._stream.wait_some()
 
     def _end_chunk(self, chunk: _Chunk) -> None:
         pending = chunk.pending

@@ -12,6 +12,7 @@ from blockd import limits
 from blockd.errors import BlockdError
 from blockd.nbd import wire
 from blockd.nbd.client.stream import Stream
+from blockd.nbd.client.tls import Tls
 from blockd.nbd.wire import ClientFlag, Info, Option, ProtocolError, Rep, TransmissionFlag
 
 BASE_ALLOCATION: Final = "base:allocation"
@@ -38,7 +39,7 @@ class RefusedError(BlockdError):
         self.kind = kind
 
 
-async def negotiate(stream: Stream, name: str) -> Export:
+async def negotiate(stream: Stream, name: str, tls: Tls | None = None) -> Export:
     """Enter transmission. Raises ``OSError``, ``ProtocolError``, or ``BlockdError``: refused."""
     greeting = wire.GREETING.unpack(await stream.take(wire.GREETING.size))
     password, magic, flags = greeting
@@ -48,6 +49,9 @@ async def negotiate(stream: Stream, name: str) -> Export:
         raise ProtocolError("Server does not support fixed newstyle negotiation")
     no_zeroes = flags & wire.HandshakeFlag.NO_ZEROES
     await stream.send(wire.CLIENT_FLAGS.pack(ClientFlag.C_FIXED_NEWSTYLE | no_zeroes))
+    if tls is not None:
+        await _ask(stream, Option.STARTTLS)
+        await tls.start(stream)
     structured = await _granted(stream, Option.STRUCTURED_REPLY)
     allocation_id = await _allocation_context(stream, name) if structured else None
     try:
@@ -86,7 +90,7 @@ _SENTENCES: Final[dict[int, str]] = {
     Rep.ERR_POLICY: "Denied by server for option",
     Rep.ERR_INVALID: "Invalid parameters for option",
     Rep.ERR_PLATFORM: "Server lacks support for option",
-    Rep.ERR_TLS_REQD: "Server requires TLS for option",
+    Rep.ERR_TLS_REQD: "TLS negotiation required before option",
     Rep.ERR_SHUTDOWN: "Server shutting down before option",
     Rep.ERR_BLOCK_SIZE_REQD: "Server requires INFO_BLOCK_SIZE for option",
 }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+import ssl
 
 import trio
 
 from blockd import limits
+from blockd.nbd.tls import Socket, TlsSocket
 
 
 class Disconnected(ConnectionError):  # noqa: N818 - it may be the ordinary end
@@ -17,10 +19,23 @@ class Stream:
     """``sock`` is connected and non-blocking."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+        self._sock: Socket = sock
         self._sending = trio.Lock()
         self._buffer = memoryview(bytearray(limits.NBD_CLIENT_BUFFER_BYTES))
         #: The bytes received and not yet taken are ``_buffer[_start:_end]``.
+        self._start = self._end = 0
+
+    async def start_tls(self, context: ssl.SSLContext, hostname: str | None) -> None:
+        """Go on encrypted. What was received before and not taken is not in clear.
+
+        ``hostname``: what the server's certificate must be for. Raises ``OSError``, and
+        ``ValueError`` where that is no name.
+        """
+        assert isinstance(self._sock, socket.socket)
+        early = self._buffer[self._start : self._end]
+        self._sock = await TlsSocket.start(
+            self._sock, context, server=False, hostname=hostname, early=early
+        )
         self._start = self._end = 0
 
     async def fill(self, count: int) -> memoryview:
@@ -43,9 +58,8 @@ class Stream:
         return view
 
     async def wait_some(self) -> None:
-        """Return when there may be something to take."""
-        if self._start == self._end:
-            await trio.lowlevel.wait_readable(self._sock)
+        """Return when there may be something to take; now ``take_some_into`` finds nothing."""
+        await trio.lowlevel.wait_readable(self._sock)
 
     def take_some_into(self, view: memoryview) -> int:
         """Fill the front of ``view`` with what is there; how far. Raises ``OSError``."""

@@ -264,11 +264,14 @@ class NbdOptions(NodeOptions, tag_field="driver", tag="nbd", kw_only=True):
 
     ``export``: its name, by default the empty one. ``open-timeout``: for so many seconds try to
     connect. ``reconnect-delay``: when the connection is lost, requests wait for so many seconds
-    for it to come back, before they fail.
+    for it to come back, before they fail. ``tls-creds``: the credentials with which it is
+    encrypted. ``tls-hostname``: the name in the server's certificate, by default its host.
     """
 
     server: InetServerAddress | UnixServerAddress
     export: str = ""
+    tls_creds: str | None = None
+    tls_hostname: str | None = None
     reconnect_delay: UInt32 = 0
     open_timeout: UInt32 = 0
 

@@ -23,6 +23,11 @@ def start(**options: Any) -> Do:
     return do("nbd-server-start", addr=address, **options)
 
 
+def open_disk(**options: Any) -> Do:
+    server = {"type": "unix", "path": "DIR/none"}
+    return do("blockdev-add", driver="nbd", node_name="n", server=server, **options)
+
+
 SCENARIOS = [
     Scenario(
         "authz-arguments",
@@ -72,6 +77,19 @@ SCENARIOS = [
             ),
             start(),
             start(tls_creds="none"),
+        ],
+    ),
+    Scenario(
+        "tls-clients",
+        [
+            do("object-add", qom_type="secret", id="secret", data="x"),
+            do("object-add", qom_type="tls-creds-anon", id="server", endpoint="server"),
+            open_disk(tls_creds="none"),
+            open_disk(tls_creds=3),
+            open_disk(tls_creds="secret"),
+            open_disk(tls_creds="server"),
+            open_disk(tls_hostname=3),
+            open_disk(tls_hostname="localhost"),
         ],
     ),
 ]
