@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import ssl
+import sys
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Self
+from typing import Final, Self
 
 from blockd.errors import BlockdError
 from blockd.objects.registry import Objects, UserObject
@@ -25,11 +26,27 @@ class TlsCredentials(UserObject):
     """What one end of a TLS connection has to show, and asks the other for."""
 
     endpoint: Endpoint
+    #: Connections are made with it; None where this Python is too old for the credentials.
+    context: ssl.SSLContext | None = field(repr=False)
 
 
 @dataclass(slots=True, eq=False)
 class TlsAnon(TlsCredentials):
-    """No credentials: encrypted, and whoever listens in the middle is not found out."""
+    """No credentials: encrypted, and whoever listens in the middle is not found out.
+
+    TLS has had none of these since version 1.3.
+    """
+
+    @classmethod
+    def make(cls, endpoint: Endpoint) -> Self:
+        """As QEMU: Diffie and Hellman's exchange, anonymous."""
+        context = _anonymous_context(endpoint)
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        # Level 0 has what has no certificates.
+        context.set_ciphers("ADH+AESGCM:@SECLEVEL=0")
+        if endpoint is Endpoint.SERVER:
+            _load_dh_group(context)
+        return cls(endpoint, context)
 
 
 @dataclass(slots=True, eq=False)
@@ -48,11 +65,34 @@ class TlsPsk(TlsCredentials):
         path = _credential(directory, "keys.psk")
         keys = _read_keys(path)
         if endpoint is Endpoint.SERVER:
-            return cls(endpoint, keys, None)
+            return cls(endpoint, _psk_server_context(keys), keys, None)
         user = "qemu" if username is None else username
         if user not in keys:
             raise BlockdError(f"Username {user} not found in PSK file {path}")
-        return cls(endpoint, keys, user)
+        return cls(endpoint, _psk_client_context(user, keys[user]), keys, user)
+
+
+#: With an exchange of keys, so that who gets the key later can't read what he recorded.
+_PSK_CIPHERS: Final = "kECDHEPSK:kDHEPSK"
+
+
+def _psk_server_context(keys: dict[str, bytes]) -> ssl.SSLContext | None:
+    if sys.version_info < (3, 13) or not ssl.HAS_PSK:
+        return None
+    context = _anonymous_context(Endpoint.SERVER)
+    context.set_ciphers(_PSK_CIPHERS)
+    # Whoever is unknown has no key, and OpenSSL refuses him.
+    context.set_psk_server_callback(lambda user: keys.get(user or "", b""))
+    return context
+
+
+def _psk_client_context(user: str, key: bytes) -> ssl.SSLContext | None:
+    if sys.version_info < (3, 13) or not ssl.HAS_PSK:
+        return None
+    context = _anonymous_context(Endpoint.CLIENT)
+    context.set_ciphers(_PSK_CIPHERS)
+    context.set_psk_client_callback(lambda _: (user, key))
+    return context
 
 
 def find_tls(objects: Objects, object_id: str, endpoint: Endpoint) -> ssl.SSLContext:
@@ -64,8 +104,10 @@ def find_tls(objects: Objects, object_id: str, endpoint: Endpoint) -> ssl.SSLCon
         raise BlockdError(f"No TLS credentials with id '{object_id}'")
     if found.endpoint is not endpoint:
         raise BlockdError(f"Expected TLS credentials for a {endpoint.value} endpoint")
-    if not isinstance(found, TlsX509):
-        raise BlockdError(f"TLS credentials '{object_id}' are no certificates: use tls-creds-x509")
+    if found.context is None:
+        raise BlockdError(
+            f"TLS credentials '{object_id}' are keys, for which blockd needs Python 3.13 or newer"
+        )
     return found.context
 
 
@@ -137,6 +179,35 @@ def _context(endpoint: Endpoint) -> ssl.SSLContext:
     if server:
         context.num_tickets = 0
     return context
+
+
+def _anonymous_context(endpoint: Endpoint) -> ssl.SSLContext:
+    """No certificate is asked for."""
+    context = _context(endpoint)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _load_dh_group(context: ssl.SSLContext) -> None:
+    """ffdhe2048 of RFC 7919. Python takes groups from files alone, so this is one in memory."""
+    fd = os.memfd_create("dh-params.pem", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, _FFDHE2048)
+        context.load_dh_params(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+
+
+_FFDHE2048: Final = b"""-----BEGIN DH PARAMETERS-----
+MIIBCAKCAQEA//////////+t+FRYortKmq/cViAnPTzx2LnFg84tNpWp4TZBFGQz
++8yTnc4kmz75fS/jY2MMddj2gbICrsRhetPfHtXV/WVhJDP1H18GbtCFY2VVPe0a
+87VXE15/V8k1mE8McODmi3fipona8+/och3xWKE2rec1MKzKT0g6eXq8CrGCsyT7
+YdEIqUuyyOP7uWrat2DX9GgdT0Kj3jlN9K5W7edjcrsZCwenyO4KbXCeAvzhzffi
+7MA0BM0oNC9hkXL+nOmFg/+OTxIy7vKBg8P+OxtMb61zO7X8vC7CIAXFjvGDfRaD
+ssbzSibBsu/6iGtCOGEoXJf//////////wIBAg==
+-----END DH PARAMETERS-----
+"""
 
 
 def _load_revocations(context: ssl.SSLContext, path: str) -> None:

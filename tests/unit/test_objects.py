@@ -73,7 +73,7 @@ def test_a_secret_is_taken_as_it_is_or_decoded(tmp_path: Path) -> None:
 
 def test_a_secret_is_not_shown() -> None:
     assert "hunter2" not in repr(Secret(b"hunter2"))
-    assert "hunter2" not in repr(TlsPsk(Endpoint.SERVER, {"u": b"hunter2"}, None))
+    assert "hunter2" not in repr(TlsPsk(Endpoint.SERVER, None, {"u": b"hunter2"}, None))
 
 
 @pytest.mark.parametrize("text", ["eA", "eA=", "eA==eA==", "="])

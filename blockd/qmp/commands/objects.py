@@ -61,7 +61,7 @@ async def _make(services: Services, options: ObjectAddOptions) -> UserObject:
                 lambda: Secret.of(data, file, is_base64=options.format == "base64")
             )
         case TlsCredsAnonOptions():
-            return TlsAnon(Endpoint(options.endpoint))
+            return TlsAnon.make(Endpoint(options.endpoint))
         case TlsCredsPskOptions(endpoint=end, dir=directory, username=user):
             return await trio.to_thread.run_sync(TlsPsk.load, Endpoint(end), directory, user)
         case TlsCredsX509Options():

@@ -43,7 +43,10 @@ class TlsCredsAnonOptions(
 
 
 class TlsCredsPskOptions(TlsCredsOptions, tag_field="qom-type", tag="tls-creds-psk", kw_only=True):
-    """Keys that both ends have, in ``keys.psk``. ``username``: a client's, by default ``qemu``."""
+    """Keys that both ends have, in ``keys.psk``. ``username``: a client's, by default ``qemu``.
+
+    What uses them needs Python 3.13.
+    """
 
     username: str | None = None
 
