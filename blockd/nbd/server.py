@@ -36,10 +36,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """How connections are encrypted. ``admit`` raises ``BlockdError`` for who must not come in."""
+    """How connections are encrypted.
 
-    context: ssl.SSLContext
-    admit: Callable[[Certificate], Awaitable[None]] | None = None
+    ``context`` is asked for each of them. ``admit`` raises ``BlockdError`` for who must not come
+    in.
+    """
+
+    context: Callable[[], ssl.SSLContext]
+    admit: Callable[[Certificate], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,9 +275,8 @@ class NbdServer:
                 case StartTls(reply, early):
                     assert settings.tls is not None
                     await channel.send(memoryview(reply))
-                    certificate = await channel.start_tls(settings.tls.context, early)
-                    if settings.tls.admit is not None:
-                        await settings.tls.admit(certificate)
+                    certificate = await channel.start_tls(settings.tls.context(), early)
+                    await settings.tls.admit(certificate)
                 case Transmission() as chosen:
                     return chosen
                 case SoftDisconnect(reply):

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from blockd import limits
-from blockd.nbd import Settings, Tls
+from blockd.nbd import Certificate, Settings, Tls
 from blockd.nbd.activity import Activity
 from blockd.nbd.channel import Channel
 from blockd.nbd.wire import Cmd, Option
@@ -51,6 +51,9 @@ def theirs(credentials: Path) -> ssl.SSLContext:
     return context(credentials, Endpoint.CLIENT)
 
 
+async def admit_all(_: Certificate) -> None: ...
+
+
 @pytest.fixture
 def driver() -> WatchedDriver:
     """A disk of which each other request does not finish at once."""
@@ -62,7 +65,7 @@ def driver() -> WatchedDriver:
 
 @pytest.fixture
 async def rig(tmp_path: Path, driver: WatchedDriver, ours: ssl.SSLContext) -> AsyncIterator[Rig]:
-    async with serving(tmp_path, Settings(tls=Tls(ours))) as rig:
+    async with serving(tmp_path, Settings(tls=Tls(lambda: ours, admit_all))) as rig:
         rig.export(rig.node("disk", driver))
         yield rig
 
@@ -92,7 +95,9 @@ async def test_what_is_injected_before_the_encryption_ends_the_connection(rig: R
 async def test_a_half_open_connection_is_dropped_in_time(
     tmp_path: Path, ours: ssl.SSLContext, options: bytes, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with serving(tmp_path, Settings(handshake_seconds=7, tls=Tls(ours))) as rig:
+    async with serving(
+        tmp_path, Settings(handshake_seconds=7, tls=Tls(lambda: ours, admit_all))
+    ) as rig:
         client = await rig.connect()
         await client.greet()
         await client.send(options)

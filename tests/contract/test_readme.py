@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.qmp_client import QmpClient
+from tests.helpers.tools import require_tool
 
 README = Path(__file__).parents[2] / "README.md"
 DISK_BYTES = 1 << 20
@@ -38,7 +41,7 @@ def test_the_readme_leads_to_a_backup_like_the_disk(daemon: Daemon, tmp_path: Pa
     disk.write_bytes(b"before" + bytes(DISK_BYTES - 6))
     log = tmp_path / "srv/vm/log.img"
     log.write_bytes(b"log" + bytes(DISK_BYTES - 3))
-    first, second, third = commands_in_blocks(tmp_path)
+    first, second, third, _ = commands_in_blocks(tmp_path)
     assert first[0] == {"execute": "qmp_capabilities"}
     with QmpClient(daemon.qmp_path) as qmp:
         carry_out(qmp, first[1:])
@@ -53,3 +56,32 @@ def test_the_readme_leads_to_a_backup_like_the_disk(daemon: Daemon, tmp_path: Pa
         assert backup.read_bytes() == disk.read_bytes()
         assert (tmp_path / "srv/backup/log.img").read_bytes() == log.read_bytes()
         guest.close()
+
+
+def test_the_readme_leads_to_clients_with_certificates(daemon: Daemon, tmp_path: Path) -> None:
+    server, client = tmp_path / "etc/blockd/tls", tmp_path / "etc/nbd"
+    for directory in (server, client):
+        directory.mkdir(parents=True)
+    make_certificates(tmp_path)
+    for name in ("ca-cert.pem", "server-cert.pem", "server-key.pem"):
+        shutil.copy(tmp_path / name, server)
+    for name in ("ca-cert.pem", "client-cert.pem", "client-key.pem"):
+        shutil.copy(tmp_path / name, client)
+    *_, commands = commands_in_blocks(tmp_path)
+    # The port may be somebody else's.
+    commands[-1]["arguments"]["addr"] = {"type": "unix", "data": {"path": str(tmp_path / "s")}}
+    uri = f"nbds+unix:///?socket={tmp_path / 's'}&tls-verify-peer=true&tls-certificates="
+    with QmpClient(daemon.qmp_path) as qmp:
+        carry_out(qmp, commands, backups=0)
+        for credentials, gets_in in ((client, True), (tmp_path, True), (server, False)):
+            command = [require_tool("nbdinfo"), "--list", uri + str(credentials)]
+            done = subprocess.run(command, check=False, capture_output=True, timeout=60)
+            assert (done.returncode == 0) == gets_in
+
+
+def make_certificates(directory: Path) -> None:
+    """As the README's shell commands do."""
+    (script,) = re.findall(r'^(    new=".*?)\n\n', README.read_text(), re.MULTILINE | re.DOTALL)
+    require_tool("openssl")
+    command = ["/bin/bash", "-e", "-c", script]
+    subprocess.run(command, cwd=directory, check=True, capture_output=True, timeout=60)

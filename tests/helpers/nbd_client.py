@@ -6,7 +6,9 @@ Whatever receives raises EOFError when the server has closed, ProtocolError for 
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Protocol, Self
 
 from blockd import limits
@@ -72,6 +74,23 @@ class NbdClient:
         try:
             if structured:
                 client.structured_replies()
+            client.go(export)
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    @classmethod
+    def open_tls(cls, path: str, export: str, credentials: Path) -> NbdClient:
+        """As ``open``, encrypted; the server's certificate is for localhost."""
+        context = ssl.create_default_context(cafile=credentials / "ca-cert.pem")
+        context.load_cert_chain(credentials / "client-cert.pem", credentials / "client-key.pem")
+        client = cls.connect(path)
+        try:
+            client.option(Option.STARTTLS)
+            assert isinstance(client.stream, socket.socket)
+            client.stream = context.wrap_socket(client.stream, server_hostname="localhost")
+            client.structured_replies()
             client.go(export)
         except BaseException:
             client.close()

@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers.certificates import Authority
 from tests.helpers.daemon import PATIENCE_SECONDS, Daemon
+from tests.helpers.nbd_client import NbdClient
 from tests.helpers.qmp_client import QmpClient
 from tests.helpers.tools import require_tool
 
@@ -131,3 +132,19 @@ def test_a_client_without_a_certificate_is_let_in_where_none_is_asked_for(
     server.start(**{"verify-peer": False})
     told = server.nbdinfo(server.authority.trusted_in(server.directory / "none"))
     assert told.returncode == 0, told.stderr
+
+
+def test_certificates_are_renewed_while_clients_are_connected(server: TlsServer) -> None:
+    """The other authority's clients get in from then on; without credentials the last ones stay."""
+    server.start()
+    other = Authority(server.directory / "other")
+    other_client = other.issue(server.directory / "others", "client")
+    with NbdClient.open_tls(str(server.socket_path), "disk", server.good) as guest:
+        assert server.nbdinfo(other_client).returncode
+        server.qmp.execute("object-del", {"id": "tls"})
+        assert server.nbdinfo(server.good).returncode == 0
+        other.issue(server.tls, "server")
+        server.add("tls-creds-x509", "tls", endpoint="server", dir=str(server.tls))
+        assert server.nbdinfo(server.good).returncode
+        assert server.nbdinfo(other_client).returncode == 0
+        assert guest.read(0, MIB) == server.image.read_bytes()[:MIB]

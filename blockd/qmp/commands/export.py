@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import ssl
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -37,17 +38,30 @@ async def nbd_server_start(services: Services, arguments: NbdServerStart) -> Non
 
 def _tls(services: Services, arguments: NbdServerStart) -> nbd.Tls | None:
     creds, authz = arguments.tls_creds, arguments.tls_authz
-    context = None if creds is None else find_tls(services.objects, creds, Endpoint.SERVER)
-    if authz is None:
-        return None if context is None else nbd.Tls(context)
-    if context is None or context.verify_mode is not ssl.CERT_REQUIRED:
-        # QEMU takes this, and lets everybody in.
-        raise BlockdError("'tls-authz' needs 'tls-creds' that verify the client's certificate")
+    if creds is None:
+        if authz is not None:
+            raise BlockdError(_UNCHECKED)
+        return None
+    found = find_tls(services.objects, creds, Endpoint.SERVER)
+    if authz is not None and found.verify_mode is not ssl.CERT_REQUIRED:
+        raise BlockdError(_UNCHECKED)
+
+    def context() -> ssl.SSLContext:
+        """As they are now: certificates are renewed while clients are connected."""
+        nonlocal found
+        with suppress(BlockdError):
+            found = find_tls(services.objects, creds, Endpoint.SERVER)
+        return found
 
     async def admit(certificate: nbd.Certificate) -> None:
-        await authorize(services.objects, authz, certificate.get("subject", ()))
+        if authz is not None:
+            await authorize(services.objects, authz, certificate.get("subject", ()))
 
     return nbd.Tls(context, admit)
+
+
+#: QEMU takes it, and lets everybody in.
+_UNCHECKED = "'tls-authz' needs 'tls-creds' that verify the client's certificate"
 
 
 def _address(declared: InetAddress | UnixAddress) -> listener.UnixAddress | listener.InetAddress:
