@@ -84,8 +84,8 @@ class Copier:
         self._writes_seen = 0
         self._guests_idle_from = 0.0
         self._step = self._at_most(limits.BACKUP_STEP_BYTES)
-        #: A sweep met an error of the source.
-        self._read_failed = False
+        #: A sweep met an error that it could not tell, or could not begin.
+        self._sweep_failed = False
 
     def show_instant(self) -> None:
         """Let the target's readers see the source as it is now, where they see the source.
@@ -155,8 +155,8 @@ class Copier:
                 await self._clusters.wait_given_back()
                 continue
             async with self._job.turn():
-                if (paths := self._descriptors()) is not None:
-                    todo = await self._sweep(*paths, buffer)
+                if (source := self._sweepable()) is not None:
+                    todo = await self._sweep(source, buffer)
                 else:
                     todo = deque(await self._next_data(buffer))
                 await self._write_all(todo)
@@ -177,17 +177,13 @@ class Copier:
             return (OldData(piece.first, piece.end, None),)
         return await self._read(piece, buffer)
 
-    def _descriptors(self) -> tuple[Descriptor, Descriptor] | None:
-        """How a thread reaches both disks; None where only the nodes' own calls will do."""
-        if self._job.speed or self._read_failed:
+    def _sweepable(self) -> Descriptor | None:
+        """How a thread reads the source; None where only the nodes' own calls will do."""
+        if self._job.speed or self._sweep_failed or not self._storing.by_threads:
             return None
-        source = self._source.descriptor(write=False)
-        target = self._target.descriptor(write=True)
-        return None if source is None or target is None else (source, target)
+        return self._source.descriptor()
 
-    async def _sweep(
-        self, source: Descriptor, target: Descriptor, buffer: memoryview
-    ) -> deque[OldData]:
+    async def _sweep(self, source: Descriptor, buffer: memoryview) -> deque[OldData]:
         """Let a thread copy a long piece; returns what it read and could not write."""
         clusters = self._clusters
         piece = self._feeder.take(self._sweep_clusters(), self._max_chunk)
@@ -204,18 +200,22 @@ class Copier:
             shift=shift,
             step=self._step,
             unwanted=self._is_sweep_unwanted,
+            is_plain=self._storing.is_plain,
         )
         claim = clusters.claim(piece.first, piece.end, sweep)
         try:
-            swept = await self._target.write_by(
+            await self._target.write_by(
                 piece.first << shift,
                 clusters.length(piece.first, piece.end),
-                lambda: sweep.copy(source, target, buffer),
+                lambda target, end_bytes: sweep.copy(source, target, buffer, end_bytes),
             )
+        except OSError:
+            # No place for them. The other way of copying meets the error again.
+            self._sweep_failed = True
         except BaseException:
             clusters.give_back(claim)
             raise
-        return self._end_sweep(claim, swept, buffer)
+        return self._end_sweep(claim, sweep.swept, buffer)
 
     def _is_sweep_unwanted(self) -> bool:
         """Asked in a thread, so it only looks."""
@@ -228,8 +228,10 @@ class Copier:
             clusters.give_back(claim)
             return deque()
         clusters.settle_to(claim, swept.read_end)
-        # Asked again, it is the other way of copying that meets the error and deals with it.
-        self._read_failed |= swept.read_end < swept.begun_end
+        # Asked again, it is the other way of copying that meets the error and deals with it; or
+        # that copies what lies in parts that are smaller than a cluster.
+        nothing = swept.begun_end == swept.first < claim.end and not self._is_sweep_unwanted()
+        self._sweep_failed |= nothing or swept.read_end < swept.begun_end
         clusters.give_back(claim)
         if swept.first < swept.written_end:
             self._saved(OldData(swept.first, swept.written_end, None))

@@ -25,6 +25,17 @@ class Storing:
         #: The target is read by itself: what it does not hold is zero, and stays so.
         self._alone = plan.sync is Sync.FULL and target.backing is None
 
+    @property
+    def by_threads(self) -> bool:
+        """Whether a thread may write to the target what ``is_plain``."""
+        return not self._compress and self._target.takes_write_by
+
+    def is_plain(self, view: memoryview) -> bool:
+        """Whether it is written as it is. Asked in threads."""
+        return not self._target.driver.supports_backing or not any(
+            run.zero for run in runs_of_zeroes(view, self._clusters.cluster_bytes)
+        )
+
     async def store(self, data: OldData) -> None:
         """Write settled clusters."""
         offset = data.first << self._clusters.shift

@@ -22,8 +22,8 @@ from blockd.block import Descriptor
 class Swept:
     """How far a sweep came from ``first`` on: up to ``written_end`` the target has it.
 
-    What was read beyond, up to ``read_end``, is in the buffer: writing it failed. What was begun
-    beyond, up to ``begun_end``, could not be read.
+    What was read beyond, up to ``read_end``, is in the buffer: writing it failed, or it is not
+    plain. What was begun beyond, up to ``begun_end``, could not be read.
     """
 
     first: int
@@ -44,15 +44,18 @@ class Sweep:
         shift: int,
         step: int,
         unwanted: Callable[[], bool],
+        is_plain: Callable[[memoryview], bool],
     ) -> None:
         """``length``: the bytes of a range of clusters. ``step``: clusters copied at a time.
 
-        ``unwanted`` is asked in the thread before each step: whether to stop there.
+        ``unwanted`` is asked in the thread before each step: whether to stop there; ``is_plain``
+        when it has been read: whether it may be written, and not left to another to write.
         """
         self._length = length
         self._shift = shift
         self._step = step
         self._unwanted = unwanted
+        self._is_plain = is_plain
         self._lock = threading.Lock()
         # Under the lock: clusters before `_begun` are not to be had any more, those before
         # `_read` are in the thread's buffer or on the target, `_end` is where the thread stops.
@@ -60,17 +63,34 @@ class Sweep:
         self._end = end
         self._tell: Callable[[], None] | None = None
         self._token = trio.lowlevel.current_trio_token()
-        self._first = first
+        self._first = self._written = first
+        self._last = end
 
     # -- in the thread -----------------------------------------------------------------------
 
-    def copy(self, source: Descriptor, target: Descriptor, buffer: memoryview) -> Swept:
-        """Copy until the end, or until an I/O fails, or this is unwanted. Blocks.
+    def copy(
+        self, source: Descriptor, target: Descriptor, buffer: memoryview, end_bytes: int
+    ) -> int:
+        """Copy on, up to ``end_bytes``, or until an I/O fails, or something is in the way. Blocks.
 
-        ``buffer`` has room for a step.
+        ``buffer`` has room for a step. Returns up to which byte the target has it all.
         """
-        written = self._first
-        while (step := self._begin()) is not None:
+        began = self._written
+        # The disk's last cluster may be a part of one.
+        whole = end_bytes == self._bytes_before(self._last)
+        self._copy_steps(source, target, buffer, self._last if whole else end_bytes >> self._shift)
+        if began < self._written:
+            length = self._length(began, self._written)
+            target.begin_writeback(began << self._shift, length)
+        return self._bytes_before(self._written)
+
+    def _bytes_before(self, end: int) -> int:
+        return (self._first << self._shift) + self._length(self._first, end)
+
+    def _copy_steps(
+        self, source: Descriptor, target: Descriptor, buffer: memoryview, stop: int
+    ) -> None:
+        while (step := self._begin(stop)) is not None:
             first, end = step
             view = buffer[: self._length(first, end)]
             try:
@@ -78,21 +98,20 @@ class Sweep:
             except OSError:
                 break
             self._note_read(end)
+            if not self._is_plain(view):
+                break
             try:
                 target.write(first << self._shift, view)
             except OSError:
                 break
-            written = end
-        if written > self._first:
-            target.begin_writeback(self._first << self._shift, self._length(self._first, written))
-        return Swept(self._first, written, self._read, self._begun)
+            self._written = end
 
-    def _begin(self) -> tuple[int, int] | None:
+    def _begin(self, stop: int) -> tuple[int, int] | None:
         with self._lock:
-            first = self._begun
-            if first >= self._end or self._unwanted():
+            first, stop = self._begun, min(stop, self._end)
+            if first >= stop or self._unwanted():
                 return None
-            self._begun = min(first + self._step, self._end)
+            self._begun = min(first + self._step, stop)
             return first, self._begun
 
     def _note_read(self, end: int) -> None:
@@ -103,6 +122,11 @@ class Sweep:
                 self._tell = None
 
     # -- on the loop -------------------------------------------------------------------------
+
+    @property
+    def swept(self) -> Swept:
+        """What became of it, once no thread copies any more."""
+        return Swept(self._first, self._written, self._read, self._begun)
 
     @property
     def read_end(self) -> int:

@@ -2,7 +2,7 @@
 
 from blockd.block.accounting import Accounts, Counts
 from blockd.block.allocation import Allocation
-from blockd.block.descriptor import Descriptor
+from blockd.block.descriptor import Descriptor, WriteBy
 from blockd.block.driver import Driver
 from blockd.block.drivers.blkdebug import BlkdebugDriver, InjectError, SetState
 from blockd.block.drivers.copy_on_read import CopyOnReadDriver
@@ -60,6 +60,7 @@ __all__ = [
     "Role",
     "SetState",
     "ThrottleDriver",
+    "WriteBy",
     "create_file",
     "guess_format",
     "is_block_device",

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import trio
+from typing import TYPE_CHECKING, Any
 
 from blockd.errors import BlockdError, WouldBlock
 
@@ -17,10 +15,8 @@ if TYPE_CHECKING:
     from blockd.block.bitmap_store import BitmapStore
     from blockd.block.node import Node
 from blockd.block.accounting import Counts
-from blockd.block.descriptor import Descriptor
+from blockd.block.descriptor import Descriptor, WriteBy
 from blockd.block.permissions import Access, Role, of_backing_file, of_part
-
-_Result = TypeVar("_Result")
 
 
 class Driver(ABC):
@@ -104,16 +100,24 @@ class Driver(ABC):
         """The regular file that the data ends up in, if it is one."""
         return None
 
-    def descriptor(self, *, write: bool) -> Descriptor | None:
-        """The bytes by a descriptor, where reading (or writing) that way is the same thing."""
+    def descriptor(self) -> Descriptor | None:
+        """The bytes by a descriptor, where reading that way is the same thing."""
         return None
 
-    async def write_by(self, offset: int, length: int, call: Callable[[], _Result]) -> _Result:
-        """Run ``call``, which writes to the range by ``descriptor``, in a worker thread.
+    @property
+    def takes_write_by(self) -> bool:
+        """Whether there is ``write_by``."""
+        return False
 
-        A thread that runs is not cancelled.
+    async def write_by(self, offset: int, length: int, call: WriteBy) -> int:
+        """Let ``call`` write to the range, from its start on, in a worker thread.
+
+        It is called for one part after the other, as they lie together in the storage, until it
+        has not written all of one; then what it wrote of its last cluster may not count. Returns
+        up to where it wrote. A thread that runs is not cancelled. Raises ``OSError`` where a part
+        can't be written to, before ``call`` is called for it.
         """
-        return await trio.to_thread.run_sync(call)
+        raise AssertionError(f"'{self.name}' is not written to that way")
 
     def debug_event(self, event: str) -> None:  # noqa: B027 - only one driver listens
         """Hear that what stands above has come to ``event`` (QEMU's names); for ``blkdebug``."""

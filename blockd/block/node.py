@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
 
 import trio
 
@@ -14,15 +13,13 @@ from blockd.bitmap import NodeBitmaps
 from blockd.block.accounting import Accounts, Inline
 from blockd.block.allocation import Allocation
 from blockd.block.bitmap_keeper import BitmapKeeper
-from blockd.block.descriptor import Descriptor
+from blockd.block.descriptor import Descriptor, WriteBy
 from blockd.block.driver import Driver
 from blockd.block.inflight import Gate
 from blockd.block.journal import Journal
 from blockd.block.permissions import Role, Users
 from blockd.block.views import BeforeWrite, ReadView
 from blockd.errors import BlockdError, WouldBlock
-
-_Result = TypeVar("_Result")
 
 
 class Node:
@@ -161,15 +158,18 @@ class Node:
             finally:
                 self._gate.leave()
 
-    def descriptor(self, *, write: bool) -> Descriptor | None:
-        """The node's bytes by a descriptor, where it has one; what writes to it is ``write_by``."""
-        if self.read_only if write else self._view is not None:
-            return None
-        return self.driver.descriptor(write=write)
+    def descriptor(self) -> Descriptor | None:
+        """The node's bytes by a descriptor to read from, where it has one."""
+        return None if self._view is not None else self.driver.descriptor()
 
-    async def write_by(self, offset: int, length: int, call: Callable[[], _Result]) -> _Result:
-        """Run ``call`` in a worker thread: it writes to the range by ``descriptor``, and nowhere
-        else. For the bitmaps and views of this node, and of those below, all of it is written.
+    @property
+    def takes_write_by(self) -> bool:
+        """Whether there is ``write_by``."""
+        return not self.read_only and self.driver.takes_write_by
+
+    async def write_by(self, offset: int, length: int, call: WriteBy) -> int:
+        """As ``Driver.write_by``. For the bitmaps and views of this node, and of those below, all
+        of the range is written.
         """
         await self._enter_write(offset, length)
         try:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 import trio
 
 from blockd import limits
 from blockd.backup import BackupJob, BackupRequest, BitmapMode, OnErrors, Sync, plan_backup
-from blockd.block import FileDriver, Node
+from blockd.block import FileDriver, Node, WriteBy
+from blockd.block.qcow2 import ImageOptions, Qcow2Driver, create_image, open_image, read_header
 from blockd.errors import BlockdError, WouldBlock
 from blockd.events import Bus
 from blockd.job import Group, Jobs
-
-_Result = TypeVar("_Result")
+from tests.helpers.qcow2 import check
 
 #: The last cluster of 64 KiB is a partial one.
 SIZE = 2 * limits.MIB - 4096
@@ -39,7 +38,7 @@ class Disk(FileDriver):
     def content(self) -> bytes:
         return Path(self.filename).read_bytes()
 
-    async def write_by(self, offset: int, length: int, call: Callable[[], _Result]) -> _Result:
+    async def write_by(self, offset: int, length: int, call: WriteBy) -> int:
         self.sweeps += 1
         return await super().write_by(offset, length, call)
 
@@ -99,10 +98,26 @@ async def cancel_after(job: BackupJob, turns: int) -> None:
         job.request_cancel()
 
 
-async def test_every_backup_is_the_disk_at_its_start(tmp_path: Path) -> None:
+async def make_target(file: Disk, driver: str) -> Node:
+    node = Node("target", file)
+    if driver == "file":
+        return node
+    await create_image(node, ImageOptions(SIZE))
+    image = await open_image(node, await read_header(node))
+    return Node("image", Qcow2Driver(image, direct=False, flushes=True, unmap=True))
+
+
+async def content(node: Node) -> bytes:
+    data = bytearray(SIZE)
+    await node.read(0, memoryview(data))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("driver", ["file", "qcow2"])
+async def test_every_backup_is_the_disk_at_its_start(driver: str, tmp_path: Path) -> None:
     disk = Disk(tmp_path / "source", random.Random(0).randbytes(SIZE))
-    copy = Disk(tmp_path / "target", bytes(SIZE))
-    source, target = Node("source", disk), Node("target", copy)
+    copy = Disk(tmp_path / "target", bytes(SIZE if driver == "file" else 0))
+    source, target = Node("source", disk), await make_target(copy, driver)
     source.bitmaps.add("b", 64 * limits.KIB)
     chance = random.Random(0)
     cancelled = 0
@@ -119,11 +134,14 @@ async def test_every_backup_is_the_disk_at_its_start(tmp_path: Path) -> None:
                 await cancel_after(job, chance.randrange(40))
             await job.wait_concluded()
             if job.error is None:
-                assert copy.content() == frozen
+                assert await content(target) == frozen
             else:
                 assert job.cancelled
                 cancelled += 1
     assert copy.sweeps > BACKUPS
     assert cancelled > BACKUPS / 20
     await disk.close()
-    await copy.close()
+    await target.close()
+    if driver == "qcow2":
+        await copy.close()
+        check(tmp_path / "target")

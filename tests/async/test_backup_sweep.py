@@ -58,7 +58,7 @@ class Disk:
 class Copy:
     """A sweep over the clusters 4 to 10, two at a time, run in the test's own thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_plain: Callable[[memoryview], bool] = lambda _: True) -> None:
         self.source, self.target = Disk(), Disk()
         self.unwanted = False
         self.sweep = Sweep(
@@ -68,11 +68,15 @@ class Copy:
             shift=10,
             step=2,
             unwanted=lambda: self.unwanted,
+            is_plain=is_plain,
         )
 
-    def run(self) -> Swept:
+    def run(self, end: int = 10) -> Swept:
         source, target = cast(Descriptor, self.source), cast(Descriptor, self.target)
-        return self.sweep.copy(source, target, memoryview(bytearray(2 * CLUSTER)))
+        buffer = memoryview(bytearray(2 * CLUSTER))
+        copied = self.sweep.copy(source, target, buffer, end * CLUSTER)
+        assert copied == self.sweep.swept.written_end * CLUSTER
+        return self.sweep.swept
 
 
 async def test_a_sweep_copies_in_steps() -> None:
@@ -80,6 +84,16 @@ async def test_a_sweep_copies_in_steps() -> None:
     assert copy.run() == Swept(4, 10, 10, 10)
     assert copy.source.done == copy.target.done == [4, 5, 6, 7, 8, 9]
     assert copy.target.written_back == [(4 * CLUSTER, 6 * CLUSTER)]
+
+
+async def test_a_sweep_goes_on_where_the_next_part_begins() -> None:
+    copy = Copy()
+    assert copy.run(7) == Swept(4, 7, 7, 7)
+    assert copy.run(8) == Swept(4, 8, 8, 8)
+    assert copy.run() == Swept(4, 10, 10, 10)
+    assert copy.target.done == [4, 5, 6, 7, 8, 9]
+    written_back = [(4, 3), (7, 1), (8, 2)]
+    assert copy.target.written_back == [(at * CLUSTER, n * CLUSTER) for at, n in written_back]
 
 
 @pytest.mark.parametrize(
@@ -99,6 +113,12 @@ async def test_a_guest_takes_what_the_thread_has_not_begun(
     (copy.source if when == "source" else copy.target).before = before
     assert copy.run() == Swept(4, end, end, end)
     assert copy.target.done == list(range(4, end))
+
+
+async def test_a_sweep_ends_with_what_another_writes() -> None:
+    copy = Copy(is_plain=lambda _: copy.source.done[-1] < 7)
+    assert copy.run() == Swept(4, 6, 8, 8)
+    assert copy.target.done == [4, 5]
 
 
 async def test_a_sweep_of_which_all_is_taken_does_nothing() -> None:

@@ -96,7 +96,8 @@ async def test_nothing_passes_unseen() -> None:
     memory.nowait = lambda _: True
     driver = BlkdebugDriver(child, errors=[InjectError("none")])
     node = Node("top", driver)
-    assert node.descriptor(write=False) is None
+    assert node.descriptor() is None
+    assert not node.takes_write_by
     assert await outcome(driver, "read") == errno.EIO
     assert memory.counts["read"] == 0
 

@@ -18,6 +18,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from blockd import limits
+from blockd.block import Descriptor
 from blockd.block.drivers.file import FileDriver
 from blockd.errors import WouldBlock
 from tests.helpers.driver_subjects import open_image
@@ -313,7 +314,7 @@ async def test_no_write_succeeds_where_no_thread_could_be_had(
 async def test_a_thread_that_copies_is_one_of_the_files_own(driver: FileDriver) -> None:
     """So files whose storage hangs leave threads to the others."""
 
-    def common_threads() -> int:
+    def common_threads(_: Descriptor, __: int) -> int:
         limiter = trio.from_thread.run_sync(trio.to_thread.current_default_thread_limiter)
         return int(limiter.borrowed_tokens)
 

@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from blockd.block import Allocation, Node
+from blockd.block import Allocation, Descriptor, Node
 from blockd.block.drivers.raw import RawDriver
 from blockd.errors import BlockdError, WouldBlock
 from blockd.extent import Extent
@@ -105,8 +105,12 @@ async def test_a_write_by_a_thread_is_one_of_the_child_too(child: Node) -> None:
         async with child.quiesced():
             quiet.set()
 
+    def write(_: Descriptor, end: int) -> int:
+        written.wait()
+        return end
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(node.write_by, 0, 512, written.wait)
+        nursery.start_soon(node.write_by, 0, 512, write)
         await wait_all_tasks_blocked()
         nursery.start_soon(quiesce)
         await wait_all_tasks_blocked()

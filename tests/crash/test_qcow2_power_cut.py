@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from blockd import limits
-from blockd.block import Node
+from blockd.block import Descriptor, Node
 from blockd.block.qcow2 import ImageOptions, Qcow2Driver, create_image, open_image, read_header
+from blockd.errors import WouldBlock
 from tests.helpers.driver_subjects import open_image as open_file_driver
 from tests.helpers.memory_driver import MemoryDriver
 from tests.helpers.power_cut_driver import PowerCutDriver
@@ -76,7 +78,7 @@ async def work(driver: Qcow2Driver, disk: PowerCutDriver, rng: random.Random) ->
     for _ in range(OPERATIONS):
         offset = rng.randrange(SIZE_BYTES // 512) * 512
         length = min(rng.choice([512, 4096, 40_960]), SIZE_BYTES - offset)
-        kind = rng.randrange(8)
+        kind = rng.randrange(10)
         guest.note_change(offset, length)
         if kind < 4:
             data = rng.randbytes(length)
@@ -94,10 +96,40 @@ async def work(driver: Qcow2Driver, disk: PowerCutDriver, rng: random.Random) ->
             guest.note_change(start, cluster)
             await driver.write_compressed(start, memoryview(data))
             guest.content[start : start + cluster] = data
+        elif kind == 7:
+            data, written = rng.randbytes(length), 0
+            with suppress(WouldBlock):
+                driver.write_nowait(offset, memoryview(data))
+                written = length
+            guest.content[offset : offset + written] = data[:written]
+        elif kind == 8:
+            await write_by(driver, guest, offset, length, rng)
         else:
             await driver.flush()
             guest.note_flush(len(disk.steps))
     return guest
+
+
+async def write_by(
+    driver: Qcow2Driver, guest: Guest, offset: int, length: int, rng: random.Random
+) -> None:
+    """By a thread, which stops before some cluster, or not."""
+    data = rng.randbytes(length)
+    cluster = driver.header.cluster_size_bytes
+    stop = offset + length
+    if rng.random() < 0.3:
+        stop = max(offset, (offset + length // 2) // cluster * cluster)
+    done = offset
+
+    def call(target: Descriptor, end: int) -> int:
+        nonlocal done
+        if done < min(end, stop):
+            target.write(done, memoryview(data)[done - offset : min(end, stop) - offset])
+        done = max(done, min(end, stop))
+        return done
+
+    written = await driver.write_by(offset, length, call)
+    guest.content[offset:written] = data[: written - offset]
 
 
 @pytest.mark.parametrize("options", [*IMAGES.values()], ids=[*IMAGES])

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 import trio
 
-from blockd.block import Allocation, Driver
+from blockd.block import Allocation, Driver, WriteBy
 from blockd.errors import WouldBlock
 from blockd.extent import Extent
+from tests.helpers.memory_descriptor import memory_descriptor
 
 #: What a failed write leaves in the first half of its range.
 TORN = 0xEE
@@ -141,6 +142,16 @@ class MemoryDriver(Driver):
     async def write(self, offset: int, view: memoryview) -> None:
         count = await self._begin("write")
         self._change("write", count, offset, bytes(view))
+
+    async def write_by(self, offset: int, length: int, call: WriteBy) -> int:
+        """For those who don't ask whether it ``takes_write_by``."""
+        return await trio.to_thread.run_sync(call, memory_descriptor(self), offset + length)
+
+    def read_now(self, offset: int, view: memoryview) -> None:
+        self._fill(self._count("read"), offset, view)
+
+    def write_now(self, offset: int, view: memoryview) -> None:
+        self._change("write", self._count("write"), offset, bytes(view))
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         count = await self._begin("write_zeroes")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TypeVar, cast
 
 import trio
 
-from blockd.block import Descriptor
+from blockd.block import Descriptor, WriteBy
+from tests.helpers.memory_descriptor import memory_descriptor
 from tests.helpers.memory_driver import Hold, MemoryDriver
-
-_Result = TypeVar("_Result")
 
 
 class SteppedDriver(MemoryDriver):
@@ -33,13 +31,18 @@ class SteppedDriver(MemoryDriver):
         reads = sorted(self.reads, key=lambda each: each.offset)
         return all(each.end <= after.offset for each, after in pairwise(reads))
 
-    def descriptor(self, *, write: bool) -> Descriptor:
-        return cast(Descriptor, _SteppedDescriptor(self))
+    def descriptor(self) -> Descriptor:
+        return memory_descriptor(self)
 
-    async def write_by(self, offset: int, length: int, call: Callable[[], _Result]) -> _Result:
+    @property
+    def takes_write_by(self) -> bool:
+        return True
+
+    async def write_by(self, offset: int, length: int, call: WriteBy) -> int:
         self.threads += 1
-        results: list[_Result] = []
-        thread = _Thread(lambda: results.append(call()))
+        results: list[int] = []
+        end = offset + length
+        thread = _Thread(lambda: results.append(call(memory_descriptor(self), end)))
         await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
             while True:
@@ -68,18 +71,6 @@ class SteppedDriver(MemoryDriver):
         thread.stop_at(self.find_hold("write", count))
         self._change("write", count, offset, bytes(view))
         thread.stop()
-
-
-class _SteppedDescriptor:
-    """What of ``Descriptor`` a thread uses."""
-
-    def __init__(self, driver: SteppedDriver) -> None:
-        self.read = driver.read_now
-        self.write = driver.write_now
-
-    def begin_writeback(self, offset: int, length: int) -> None:
-        assert offset >= 0
-        assert length > 0
 
 
 class _Thread(threading.Thread):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from blockd.block import Node
+from blockd.block import Descriptor, Node
 from blockd.block.qcow2 import Qcow2Driver, open_image, read_header
 from blockd.errors import WouldBlock
 from tests.helpers.driver_subjects import open_image as open_file_driver
@@ -134,7 +134,7 @@ async def work_on(
     model = image.model
     for _ in range(8):
         offset, length = image.some_range(rng, start, end)
-        match rng.randrange(9):
+        match rng.randrange(10):
             case 0 | 1 | 2:
                 data = rng.randbytes(length)
                 await driver.write(offset, memoryview(data))
@@ -154,8 +154,28 @@ async def work_on(
                 await driver.read(offset, memoryview(model)[offset : offset + length])
             case 7:
                 await driver.flush()
-            case 8 if image.case.compressed:
+            case 8:
+                await write_by(image, driver, offset, length, rng)
+            case 9 if image.case.compressed:
                 await compress(image, driver, offset, end, rng)
+
+
+async def write_by(
+    image: Image, driver: Qcow2Driver, offset: int, length: int, rng: random.Random
+) -> None:
+    """What of a range can be written by a thread with a descriptor."""
+    data = rng.randbytes(length)
+    done = offset
+
+    def call(target: Descriptor, end: int) -> int:
+        nonlocal done
+        target.write(done, memoryview(data)[done - offset : end - offset])
+        done = end
+        return end
+
+    assert driver.takes_write_by
+    assert await driver.write_by(offset, length, call) == done
+    image.model[offset:done] = data[: done - offset]
 
 
 async def compress(

@@ -123,8 +123,12 @@ class BlkdebugDriver(Filter):
 
     # Every request is looked at, so none goes by a shorter path.
 
-    def descriptor(self, *, write: bool) -> Descriptor | None:
+    def descriptor(self) -> Descriptor | None:
         return None
+
+    @property
+    def takes_write_by(self) -> bool:
+        return False
 
     def read_nowait(self, offset: int, view: memoryview) -> None:
         raise WouldBlock

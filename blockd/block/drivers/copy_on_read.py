@@ -35,8 +35,12 @@ class CopyOnReadDriver(Filter):
         """It writes whatever its own users do, and nobody else may."""
         return Access(access.needs | Perm.WRITE, access.shares & ~Perm.WRITE)
 
-    def descriptor(self, *, write: bool) -> Descriptor | None:
+    def descriptor(self) -> Descriptor | None:
         return None
+
+    @property
+    def takes_write_by(self) -> bool:
+        return False
 
     def read_nowait(self, offset: int, view: memoryview) -> None:
         # Whether there is anything to copy can't be known at once.

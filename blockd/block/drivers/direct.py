@@ -32,8 +32,14 @@ class DirectFileDriver(FileDriver):
         self._alignment_bytes = _alignment(fd)
         self._reservations = Reservations()
 
-    def descriptor(self, *, write: bool) -> None:
-        """None: the I/O must be aligned."""
+    # By a descriptor it would have to be aligned.
+
+    def descriptor(self) -> None:
+        return None
+
+    @property
+    def takes_write_by(self) -> bool:
+        return False
 
     def read_nowait(self, offset: int, view: memoryview) -> None:
         raise WouldBlock

@@ -20,7 +20,7 @@ import trio
 from blockd import limits
 from blockd.block.accounting import Counts
 from blockd.block.allocation import Allocation
-from blockd.block.descriptor import Descriptor
+from blockd.block.descriptor import Descriptor, WriteBy
 from blockd.block.driver import Driver
 from blockd.block.drivers import blocking
 from blockd.block.drivers.locking import resizing, share_writing
@@ -100,8 +100,12 @@ class FileDriver(Driver):
     def path(self) -> str | None:
         return None if self.is_device else os.path.realpath(self.filename)
 
-    def descriptor(self, *, write: bool) -> Descriptor | None:
+    def descriptor(self) -> Descriptor | None:
         return Descriptor(self._fd, 0)
+
+    @property
+    def takes_write_by(self) -> bool:
+        return True
 
     # -- inline ------------------------------------------------------------------------------
 
@@ -156,8 +160,8 @@ class FileDriver(Driver):
     async def _in_thread(self, call: Callable[[], _Result]) -> _Result:
         return await trio.to_thread.run_sync(call, limiter=self._threads)
 
-    async def write_by(self, offset: int, length: int, call: Callable[[], _Result]) -> _Result:
-        return await self._in_thread(call)
+    async def write_by(self, offset: int, length: int, call: WriteBy) -> int:
+        return await self._in_thread(lambda: call(Descriptor(self._fd, 0), offset + length))
 
     async def read(self, offset: int, view: memoryview) -> None:
         await self._in_thread(lambda: blocking.read(self._fd, offset, view))

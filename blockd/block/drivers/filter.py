@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from blockd.block.allocation import Allocation
-from blockd.block.descriptor import Descriptor
+from blockd.block.descriptor import Descriptor, WriteBy
 from blockd.block.driver import Driver
 from blockd.block.node import Node
 from blockd.block.permissions import Role
-
-_Result = TypeVar("_Result")
 
 
 class Filter(Driver):
@@ -70,10 +68,14 @@ class Filter(Driver):
     def path(self) -> str | None:
         return self.child.path
 
-    def descriptor(self, *, write: bool) -> Descriptor | None:
-        return self.child.descriptor(write=write)
+    def descriptor(self) -> Descriptor | None:
+        return self.child.descriptor()
 
-    async def write_by(self, offset: int, length: int, call: Callable[[], _Result]) -> _Result:
+    @property
+    def takes_write_by(self) -> bool:
+        return self.child.takes_write_by
+
+    async def write_by(self, offset: int, length: int, call: WriteBy) -> int:
         return await self.child.write_by(offset, length, call)
 
     def read_nowait(self, offset: int, view: memoryview) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from blockd.block.allocation import Allocation
-from blockd.block.descriptor import Descriptor
+from blockd.block.descriptor import Descriptor, WriteBy, moved
 from blockd.block.driver import Driver
 from blockd.block.node import Node
 from blockd.block.permissions import Role
 from blockd.errors import BlockdError
-
-_Result = TypeVar("_Result")
 
 
 class RawDriver(Driver):
@@ -100,12 +98,18 @@ class RawDriver(Driver):
     def path(self) -> str | None:
         return self.child.path if self._whole else None
 
-    def descriptor(self, *, write: bool) -> Descriptor | None:
-        below = self.child.descriptor(write=write)
-        return None if below is None else Descriptor(below.fd, below.start + self.offset_bytes)
+    def descriptor(self) -> Descriptor | None:
+        below = self.child.descriptor()
+        return None if below is None else below.moved(self.offset_bytes)
 
-    async def write_by(self, offset: int, length: int, call: Callable[[], _Result]) -> _Result:
-        return await self.child.write_by(offset + self.offset_bytes, length, call)
+    @property
+    def takes_write_by(self) -> bool:
+        return self.child.takes_write_by
+
+    async def write_by(self, offset: int, length: int, call: WriteBy) -> int:
+        by = self.offset_bytes
+        written = await self.child.write_by(offset + by, length, moved(call, by))
+        return written - by
 
     def read_nowait(self, offset: int, view: memoryview) -> None:
         self.child.read_nowait(offset + self.offset_bytes, view)

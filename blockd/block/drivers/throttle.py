@@ -39,8 +39,12 @@ class ThrottleDriver(Filter):
     def own_options(self) -> dict[str, Any]:
         return {"throttle-group": self._group_id, **super().own_options()}
 
-    def descriptor(self, *, write: bool) -> Descriptor | None:
+    def descriptor(self) -> Descriptor | None:
         return None
+
+    @property
+    def takes_write_by(self) -> bool:
+        return False
 
     def read_nowait(self, offset: int, view: memoryview) -> None:
         if not self._pace.has_room(writes=False):

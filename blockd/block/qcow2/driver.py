@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from blockd.block.allocation import Allocation
+from blockd.block.descriptor import WriteBy
 from blockd.block.driver import Driver
 from blockd.block.node import Node
 from blockd.block.permissions import Access, Role, of_backing_file, of_data_file, of_image_file
@@ -147,6 +148,15 @@ class Qcow2Driver(Driver):
     async def write(self, offset: int, view: memoryview) -> None:
         async with self._changing() as changes:
             await changes.writer.write(offset, view)
+
+    @property
+    def takes_write_by(self) -> bool:
+        image = self._image
+        return image.changes is not None and image.data_file.node.takes_write_by
+
+    async def write_by(self, offset: int, length: int, call: WriteBy) -> int:
+        async with self._changing() as changes:
+            return await changes.bulk.write_by(offset, length, call)
 
     async def write_compressed(self, offset: int, view: memoryview) -> None:
         """Write ``view`` as compressed clusters, where that makes them smaller.

@@ -46,13 +46,17 @@ class HostFile:
 
     async def write(self, offset: int, view: memoryview) -> None:
         """Write ``view``, growing the file where it is too short. Raises ``OSError``."""
-        if offset + len(view) > self.node.size_bytes:
-            await self.grow(offset + len(view))
+        await self.make_room(offset + len(view))
         if len(view) <= limits.QCOW2_INLINE_BYTES:
             with suppress(WouldBlock):
                 self.node.write_nowait(offset, view)
                 return
         await self.node.write(offset, view)
+
+    async def make_room(self, end: int) -> None:
+        """Let the file not end before ``end``. Raises ``OSError``."""
+        if end > self.node.size_bytes:
+            await self.grow(end)
 
     async def grow(self, end: int) -> None:
         """Make the file at least ``end`` bytes long. Raises ``OSError`` (ENOSPC if it can't)."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pyroaring import BitMap64
 
 from blockd.block.node import Node
+from blockd.block.qcow2.bulk import BulkWriter
 from blockd.block.qcow2.entries import OFFSET_MASK
 from blockd.block.qcow2.features import Incompatible
 from blockd.block.qcow2.header import Header
@@ -35,6 +36,7 @@ class Changes:
     writer: Writer
     zeroer: Zeroer
     packer: Packer
+    bulk: BulkWriter
     resizer: Resizer
 
 
@@ -105,7 +107,7 @@ def _make_changes(reader: Reader, refcounts: Refcounts, metadata: Metadata) -> C
     writer = Writer(reader.mapping, refcounts, metadata, reader, reader.data_file, external)
     zeroer = Zeroer(writer, reader, flags=header.version >= 3, raw_data=header.data_file_raw)
     packer = Packer(writer, reader.file, header.compression_type)
-    return Changes(metadata, writer, zeroer, packer, Resizer(writer, zeroer))
+    return Changes(metadata, writer, zeroer, packer, BulkWriter(writer), Resizer(writer, zeroer))
 
 
 async def _prepare(file: HostFile, header: Header) -> Header:

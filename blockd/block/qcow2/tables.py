@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import trio
@@ -58,6 +60,7 @@ class TableCache:
         self._dirty: set[int] = set()
         self._being_written: set[int] = set()
         self._loading: dict[int, trio.Event] = {}
+        self._pins: Counter[int] = Counter()
 
     @property
     def dirty_count(self) -> int:
@@ -97,6 +100,17 @@ class TableCache:
         table.dirty_end = max(table.dirty_end, end)
         self._dirty.add(key)
 
+    @contextmanager
+    def pinned(self, key: int) -> Iterator[None]:
+        """The table, which is in memory now, stays there while the body runs."""
+        self._pins[key] += 1
+        try:
+            yield
+        finally:
+            self._pins[key] -= 1
+            if not self._pins[key]:
+                del self._pins[key]
+
     def drop(self, key: int) -> None:
         """Forget a table, and what changed in it: nothing refers to it any more."""
         self.tables.pop(key, None)
@@ -113,9 +127,12 @@ class TableCache:
                 return
             key, table = next(iter(self.tables.items()))
             del self.tables[key]
-            if table.touched or key in self._dirty or key in self._being_written:
+            if table.touched or self._must_stay(key):
                 table.touched = False
                 self.tables[key] = table
+
+    def _must_stay(self, key: int) -> bool:
+        return key in self._dirty or key in self._being_written or key in self._pins
 
     # -- writing back ------------------------------------------------------------------------
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from blockd import limits
@@ -28,7 +30,7 @@ from blockd.extent import Extent
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """Where clusters go in the file. ``virgin``: there are zeroes already; ``new``: not in use."""
 
     host: int
@@ -126,7 +128,9 @@ class Writer:
         """
         geometry = self.mapping.geometry
         first = offset >> geometry.cluster_bits
-        span = self._find_span(table, first, offset, len(view))
+        most = max(limits.QCOW2_ALLOCATION_BYTES, geometry.cluster_bytes)
+        length = min(len(view), most - (offset & (geometry.cluster_bytes - 1)))
+        span = self.find_span(table, first, offset, length)
         count = self.busy.clip(first, first + span.count)
         if not count:
             await self.busy.wait(first, first + 1)
@@ -137,10 +141,9 @@ class Writer:
             await self.metadata.flush()
         return done
 
-    def _find_span(self, table: Table | None, first: int, offset: int, length: int) -> Span:
+    def find_span(self, table: Table | None, first: int, offset: int, length: int) -> Span:
+        """The clusters from ``first`` on, which a write must give a place alike."""
         geometry = self.mapping.geometry
-        most = max(limits.QCOW2_ALLOCATION_BYTES, geometry.cluster_bytes)
-        length = min(length, most - (offset & (geometry.cluster_bytes - 1)))
         index = first & (geometry.l2_entries - 1)
         end = index + ((offset + length - 1) >> geometry.cluster_bits) + 1 - first
         end = min(end, geometry.l2_entries)
@@ -152,33 +155,40 @@ class Writer:
     async def _write_span(self, span: Span, offset: int, view: memoryview) -> int:
         geometry = self.mapping.geometry
         first = offset >> geometry.cluster_bits
-        place = await self._find_place(span, first)
-        try:
+        place = await self.find_place(span, first)
+        with self.unlinked(place):
             end = min(offset + len(view), (first + place.count) << geometry.cluster_bits)
             filled = self._bounds(span, offset, end)
             await self._write_filled(place, filled, offset, view[: end - offset])
             table = await self.mapping.writable(offset >> geometry.reach_bits)
+        self.link(table, place, first, filled)
+        return end - offset
+
+    @contextmanager
+    def unlinked(self, place: Place) -> Iterator[None]:
+        """The body makes the place ready to be linked; where it fails, the place is given up."""
+        first = place.host >> self.mapping.geometry.cluster_bits
+        try:
+            yield
         except OSError:
             if place.new:
-                self.refcounts.free(place.host >> geometry.cluster_bits, place.count)
+                self.refcounts.free(first, place.count)
             raise
         except BaseException:
             # A cancelled write may still be on its way to the clusters.
             if place.new:
-                self.refcounts.abandon(place.host >> geometry.cluster_bits, place.count)
+                self.refcounts.abandon(first, place.count)
             raise
-        self._link(table, place, first, filled)
-        return end - offset
 
-    async def _find_place(self, span: Span, first: int) -> _Place:
+    async def find_place(self, span: Span, first: int) -> Place:
         bits = self.mapping.geometry.cluster_bits
         if self.external:
-            return _Place(first << bits, span.count, virgin=False, new=False)
+            return Place(first << bits, span.count, virgin=False, new=False)
         if span.host is not None:
             self.check_data(span.host, span.count << bits)
-            return _Place(span.host, span.count, virgin=False, new=False)
+            return Place(span.host, span.count, virgin=False, new=False)
         clusters = await self.refcounts.allocate(span.count)
-        return _Place(clusters.first << bits, clusters.count, virgin=clusters.virgin, new=True)
+        return Place(clusters.first << bits, clusters.count, virgin=clusters.virgin, new=True)
 
     def _bounds(self, span: Span, offset: int, end: int) -> Extent:
         """The range that is valid once ``offset`` up to ``end`` is written: whole units of it."""
@@ -189,7 +199,7 @@ class Writer:
         return Extent(start, -(-end // unit_last) * unit_last - start)
 
     async def _write_filled(
-        self, place: _Place, filled: Extent, offset: int, view: memoryview
+        self, place: Place, filled: Extent, offset: int, view: memoryview
     ) -> None:
         """Write ``view``, and around it what the guest saw there before."""
         end = offset + len(view)
@@ -217,21 +227,35 @@ class Writer:
         inside = max(0, min(len(view), self.metadata.size_bytes - offset))
         await self.reader.read(offset, view[:inside])
 
-    def _link(self, table: Table, place: _Place, first: int, filled: Extent) -> None:
+    def link(self, table: Table, place: Place, first: int, filled: Extent) -> None:
         """Let the entries name the clusters that were written, and free what they named before."""
+        geometry = self.mapping.geometry
+        index = first & (geometry.l2_entries - 1)
+        step = geometry.entry_words
+        if place.new:
+            for entry in table.words[index * step : (index + place.count) * step : step]:
+                if entry:
+                    self.forget(entry)
+        if geometry.extended:
+            self._link_extended(table.words, place, first, filled)
+        else:
+            entry = place.host | COPIED
+            end = entry + (place.count << geometry.cluster_bits)
+            entries = array("Q", range(entry, end, geometry.cluster_bytes))
+            table.words[index : index + place.count] = entries
+        self.mapping.mark(first // geometry.l2_entries, table, index, index + place.count)
+
+    def _link_extended(self, words: array[int], place: Place, first: int, filled: Extent) -> None:
         geometry = self.mapping.geometry
         index = first & (geometry.l2_entries - 1)
         for at in range(place.count):
             start = (first + at) << geometry.cluster_bits
-            if place.new:
-                self.forget(table.words[(index + at) * geometry.entry_words])
             host = place.host + (at << geometry.cluster_bits)
-            if geometry.extended:
-                bits = subcluster_bits(geometry, filled.offset - start, filled.end - start)
-                _link_extended(table.words, index + at, host, bits)
-            else:
-                table.words[index + at] = host | COPIED
-        self.mapping.mark(first // geometry.l2_entries, table, index, index + place.count)
+            bits = subcluster_bits(geometry, filled.offset - start, filled.end - start)
+            entry, bitmap = words[2 * (index + at) : 2 * (index + at) + 2]
+            kept = 0 if entry & COMPRESSED else bitmap
+            words[2 * (index + at)] = host | COPIED
+            words[2 * (index + at) + 1] = (kept | bits) & ~(bits << SUBCLUSTERS)
 
     def link_compressed(self, table: Table, cluster: int, entry: int) -> None:
         """Let a guest cluster's entry name its compressed data, which was written."""
@@ -250,9 +274,3 @@ class Writer:
             clusters = self.mapping.geometry.clusters(entry)
             if clusters:
                 self.refcounts.free(clusters.start, len(clusters))
-
-
-def _link_extended(words: array[int], index: int, host: int, bits: int) -> None:
-    kept = 0 if words[2 * index] & COMPRESSED else words[2 * index + 1]
-    words[2 * index] = host | COPIED
-    words[2 * index + 1] = (kept | bits) & ~(bits << SUBCLUSTERS)
