@@ -61,7 +61,7 @@ async def _serve(
         await ended.wait()
 
     jobs, nbd = Jobs(nursery, bus), NbdServer(nursery, bus)
-    services = Services(Graph(nursery), jobs, nbd, bus, end_service, stop.set)
+    services = Services(Graph(nursery, bus), jobs, nbd, bus, end_service, stop.set)
     qmp = QmpServer(qmp_path, services, access_list)
     await nursery.start(qmp.serve)
     nursery.start_soon(_stop_at_signal, signals, stop)

@@ -75,6 +75,8 @@ QCOW2_INLINE_BYTES = 256 * KIB
 QCOW2_FREED_RUNS = 65536
 #: Clusters that one write allocates at once; also how much it may put together in memory.
 QCOW2_ALLOCATION_BYTES = 2 * MIB
+#: How long the request that finds an image corrupt may take to mark it so; its guest waits.
+QCOW2_MARK_CORRUPT_SECONDS = 5
 #: Clusters that one question for an image's allocation looks at: a few ms of work.
 QCOW2_ALLOCATION_CLUSTERS = 32 * KIB
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blockd.errors import BlockdError, WouldBlock
 
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 from blockd.block.accounting import Counts
 from blockd.block.descriptor import Descriptor, WriteBy
 from blockd.block.permissions import Access, Role, of_backing_file, of_part
+
+
+class Corruption(NamedTuple):
+    """Why an image can't be right. ``fatal``: nothing is done with it any more."""
+
+    reason: str
+    fatal: bool
 
 
 class Driver(ABC):
@@ -60,6 +67,8 @@ class Driver(ABC):
 
     #: Where the storage keeps bitmaps of the node while it is not open, if it can.
     bitmap_store: BitmapStore | None = None
+    #: Called, if it is set, when what is on the storage turns out to be damaged.
+    on_corruption: Callable[[Corruption], None] | None = None
 
     #: What tells the storage from any other, where that can be told.
     identity: tuple[int, int] | None = None

@@ -6,18 +6,20 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
+from functools import partial
 
 import trio
 
 from blockd import limits
 from blockd.block.accounting import Accounts, Inline
-from blockd.block.driver import Driver
+from blockd.block.driver import Corruption, Driver
 from blockd.block.holds import Follower, Hold
 from blockd.block.node import Node
 from blockd.block.permissions import Access, Claim, Perm, Role
 from blockd.block.places import Places
 from blockd.block.standing import Standing
 from blockd.errors import BlockdError
+from blockd.events import Bus
 from blockd.objects import Objects
 
 _log = logging.getLogger(__name__)
@@ -28,9 +30,13 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 class Graph:
     """The nodes. A node made for its parent alone has a name of ours and goes with the parent."""
 
-    def __init__(self, tasks: trio.Nursery | None = None) -> None:
-        """``tasks``: for the drivers that need a task of their own, as long as they are open."""
+    def __init__(self, tasks: trio.Nursery | None = None, bus: Bus | None = None) -> None:
+        """``tasks``: for the drivers that need a task of their own, as long as they are open.
+
+        ``bus``: for what nodes have to tell.
+        """
         self.tasks = tasks
+        self._bus = bus or Bus()
         #: What the options of nodes may name.
         self.objects = Objects()
         self._nodes: dict[str, Node] = {}
@@ -110,6 +116,7 @@ class Graph:
                 # Such as that of a job which ended while the driver was being opened.
                 raise BlockdError(f"Node '{child.name}' has been removed meanwhile")
         node = Node(name, driver)
+        driver.on_corruption = partial(self._tell_corruption, node)
         self.standing.children[node] = {}
         for role, child in driver.children.items():
             self.standing.link(node, role, child)
@@ -124,6 +131,17 @@ class Graph:
         if hidden:
             self._hidden.add(node)
         return node
+
+    def _tell_corruption(self, node: Node, corruption: Corruption) -> None:
+        self._bus.publish(
+            "BLOCK_IMAGE_CORRUPTED",
+            {
+                "device": "",
+                "node-name": node.name,
+                "msg": corruption.reason,
+                "fatal": corruption.fatal,
+            },
+        )
 
     def check_storage(self, driver: Driver) -> None:
         """Raise ``BlockdError`` where a node stands on the same storage already."""

@@ -346,6 +346,7 @@ class Node:
         """
         assert self._reads.closed
         driver.take_over(self.driver)
+        driver.on_corruption = self.driver.on_corruption
         self.driver = driver
         self.read_only = driver.read_only
         self._choose_path()

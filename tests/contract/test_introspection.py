@@ -17,6 +17,7 @@ from blockd.qmp.types.blockdev import BlockdevRefOrNull
 from blockd.qmp.types.event import EVENTS
 from blockd.qmp.types.introspection import SchemaEntity
 from tests.helpers.daemon import Daemon
+from tests.helpers.qcow2_damage import first_data, make_damaged
 from tests.helpers.qmp_client import QmpClient
 
 DISK_BYTES = 1 << 20
@@ -74,6 +75,7 @@ def test_answers_and_events_are_as_declared(daemon: Daemon, tmp_path: Path) -> N
         fail_and_finish_a_backup(checked, daemon, tmp_path)
         cancel_a_backup(checked, tmp_path)
         exceed_a_threshold(checked, tmp_path)
+        find_damage(checked, tmp_path)
         checked.do("transaction", dry_run=True, actions=[{"type": "abort", "data": {}}])
         for command in ("query-version", "query-commands", "query-qmp-schema", "query-block"):
             checked.do(command)
@@ -199,4 +201,14 @@ def exceed_a_threshold(checked: Checked, directory: Path) -> None:
     checked.do("block-set-write-threshold", node_name="t", write_threshold=1)
     checked.do("blockdev-backup", job_id="k", device="n", target="t", sync="full")
     checked.until("BLOCK_WRITE_THRESHOLD")
+    checked.until("JOB_STATUS_CHANGE", id="k", status="null")
+
+
+def find_damage(checked: Checked, directory: Path) -> None:
+    make_damaged(directory / "d.q", first_data)
+    file = {"driver": "file", "filename": str(directory / "d.q")}
+    checked.do("blockdev-add", driver="qcow2", node_name="d", file=file)
+    target = str(directory / "d.img")
+    checked.do("drive-backup", job_id="k", device="d", target=target, sync="full", format="raw")
+    checked.until("BLOCK_IMAGE_CORRUPTED")
     checked.until("JOB_STATUS_CHANGE", id="k", status="null")

@@ -216,7 +216,10 @@ class Read:
     length: int
 
     def play(self, stage: Stage) -> list[Message]:
-        data = guest_of(stage, self.export).read(self.offset, self.length)
+        try:
+            data = guest_of(stage, self.export).read(self.offset, self.length)
+        except NbdError as error:
+            return [{"read": error.code.name}]
         return [{"read": hashlib.sha256(data).hexdigest()}]
 
 

@@ -39,6 +39,9 @@ def tidy(message: Message, directory: Path) -> Message:
     text = json.dumps(message).replace(str(directory), "DIR")
     tidied: Message = _tidy_value(json.loads(re.sub(r"#block\d+", "#block", text)))
     tidied.pop("timestamp", None)
+    if tidied.get("event") == "BLOCK_IMAGE_CORRUPTED":
+        # Each program describes the damage in its own words, and tells where it is or not.
+        tidied["data"] = {key: tidied["data"][key] for key in ("device", "node-name", "fatal")}
     return tidied
 
 
@@ -49,7 +52,7 @@ def _tidy_value(value: Any) -> Any:
         return value
     tidied = {key: _tidy_value(item) for key, item in value.items()}
     for part, whole in PROGRESS:
-        if part in tidied and tidied[part] != tidied[whole]:
+        if {part, whole} <= tidied.keys() and tidied[part] != tidied[whole]:
             tidied[part] = "partial"
     if _is_filter(tidied):
         # How far the copying has got, and what the peer's filter stands on besides.

@@ -11,9 +11,12 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import trio
+
+from blockd import limits
 from blockd.block.allocation import Allocation
 from blockd.block.descriptor import WriteBy
-from blockd.block.driver import Driver
+from blockd.block.driver import Corruption, Driver
 from blockd.block.node import Node
 from blockd.block.permissions import Access, Role, of_backing_file, of_data_file, of_image_file
 from blockd.block.qcow2.allocation import find_allocation
@@ -46,7 +49,8 @@ class Qcow2Driver(Driver):
         self.ignores_discards = not unmap
         # The clusters of an external data file lie where the guest sees them.
         self.compresses = not image.header.has_data_file
-        self._broken = False
+        #: Damage was found and told of: no I/O is possible any more; or some damage was.
+        self._broken = self._damaged = False
         self.bitmap_store: Qcow2Bitmaps = Qcow2Bitmaps(ImageRoom(self._image_of_bitmaps))
         self.child_changed()
 
@@ -122,14 +126,21 @@ class Qcow2Driver(Driver):
     # -- reading -----------------------------------------------------------------------------
 
     def read_nowait(self, offset: int, view: memoryview) -> None:
-        self._image.reader.read_nowait(offset, view)
+        if self._broken:
+            raise WouldBlock
+        try:
+            self._image.reader.read_nowait(offset, view)
+        except CorruptImageError:
+            # It is met again the other way, and dealt with there.
+            raise WouldBlock from None
 
     async def read(self, offset: int, view: memoryview) -> None:
-        with self._image.requests.under_way():
-            await self._image.reader.read(offset, view)
+        async with self._looking() as image:
+            await image.reader.read(offset, view)
 
     async def allocation(self, offset: int, length: int) -> Sequence[Allocation]:
-        return await find_allocation(self._image.reader, offset, length)
+        async with self._looking() as image:
+            return await find_allocation(image.reader, offset, length)
 
     async def allocated_bytes(self) -> int:
         image = self._image
@@ -143,7 +154,10 @@ class Qcow2Driver(Driver):
     def write_nowait(self, offset: int, view: memoryview) -> None:
         if self._broken or self._image.changes is None:
             raise WouldBlock
-        self._image.changes.writer.write_nowait(offset, view)
+        try:
+            self._image.changes.writer.write_nowait(offset, view)
+        except CorruptImageError:
+            raise WouldBlock from None
 
     async def write(self, offset: int, view: memoryview) -> None:
         async with self._changing() as changes:
@@ -191,18 +205,47 @@ class Qcow2Driver(Driver):
 
     @asynccontextmanager
     async def _changing(self) -> AsyncIterator[Changes]:
-        """The body changes the image. One that is found to be corrupt is changed no more."""
-        changes = self._image.changes
-        if changes is None or self._broken:
+        """As ``_looking``, where the body changes the image."""
+        async with self._looking() as image:
+            if image.changes is None:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            yield image.changes
+
+    # -- damage ------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _looking(self) -> AsyncIterator[Image]:
+        """The body uses the image. One that is found to be corrupt is used no more."""
+        image = self._image
+        if self._broken:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         try:
-            with self._image.requests.under_way():
-                yield changes
+            with image.requests.under_way():
+                yield image
         except CorruptImageError as error:
-            log.error("'%s': %s; nothing is written to it any more", self.filename, error.strerror)
-            self._broken = True
-            await changes.metadata.mark_corrupt()
+            await self._deal_with(error)
             raise
+
+    async def _deal_with(self, error: CorruptImageError) -> None:
+        """Tell of it: once, and once more where the image may be used no more."""
+        changes = self._image.changes
+        fatal = error.fatal and changes is not None
+        if self._broken or (self._damaged and not fatal):
+            return
+        self._damaged, self._broken = True, fatal
+        log.error("'%s': %s", self.filename, error.strerror)
+        if self.on_corruption is not None:
+            self.on_corruption(Corruption(error.reason, fatal))
+        if fatal:
+            assert changes is not None
+            with trio.move_on_after(limits.QCOW2_MARK_CORRUPT_SECONDS, shield=True):
+                await self._mark_corrupt(changes)
+
+    async def _mark_corrupt(self, changes: Changes) -> None:
+        try:
+            await changes.metadata.mark_corrupt()
+        except OSError as error:
+            log.error("'%s' could not be marked as corrupt: %s", self.filename, error.strerror)
 
     async def make_read_only(self) -> None:
         changes = self._image.changes

@@ -26,10 +26,15 @@ _SECTOR_BYTES = 512
 
 
 class CorruptImageError(OSError):
-    """The image's metadata can't be right. Nothing was written by it."""
+    """The image's metadata can't be right. Nothing was written by it.
 
-    def __init__(self, reason: str) -> None:
+    ``fatal``: whatever else is done with the image may do more damage.
+    """
+
+    def __init__(self, reason: str, *, fatal: bool = True) -> None:
         super().__init__(errno.EIO, f"qcow2 image is corrupt: {reason}")
+        self.reason = reason
+        self.fatal = fatal
 
 
 class Kind(Enum):

@@ -90,7 +90,7 @@ class Reader:
     async def _read_run(self, run: Run, offset: int, view: memoryview) -> None:
         if run.kind is Kind.DATA:
             if run.host >= self.data_file.node.size_bytes:
-                raise CorruptImageError(f"data offset {run.host:#x} is beyond the end of the file")
+                raise _beyond_end("data", run.host)
             await self.data_file.read(run.host, view)
         elif run.kind is Kind.ZERO:
             fill_zeroes(view)
@@ -113,7 +113,7 @@ class Reader:
         geometry = self.mapping.geometry
         host, length = geometry.compressed_extent(run.host)
         if host >= self.file.node.size_bytes:
-            raise CorruptImageError(f"compressed data at {host:#x} is beyond the end of the file")
+            raise _beyond_end("compressed data", host)
         packed = await self.file.read_bytes(host, length)
         data = await trio.to_thread.run_sync(
             decompress, self.compression, bytes(packed), geometry.cluster_bytes
@@ -132,3 +132,10 @@ class Reader:
             offset += run.length
             length -= run.length
         return True
+
+
+def _beyond_end(what: str, offset: int) -> CorruptImageError:
+    """Such as in a file that was cut off: all else of the image may be as good as ever."""
+    return CorruptImageError(
+        f"{what} offset {offset:#x} is beyond the end of the file", fatal=False
+    )

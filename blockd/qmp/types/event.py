@@ -96,6 +96,22 @@ class BlockWriteThreshold(Event, kw_only=True):
     write_threshold: int
 
 
+class BlockImageCorrupted(Event, kw_only=True):
+    """The image of a node turned out to be damaged, as ``msg`` says; ``device`` is empty.
+
+    ``fatal``: it is marked as corrupt, every I/O fails from now on, and it has to be repaired, as
+    by ``qemu-img check -r all``. Otherwise it is read only, or the damage is where it is alone;
+    more of that kind is not told of.
+    """
+
+    event: ClassVar[str] = "BLOCK_IMAGE_CORRUPTED"
+
+    device: str
+    node_name: str
+    msg: str
+    fatal: bool
+
+
 EVENTS: list[type[Event]] = [
     JobStatusChange,
     BlockJobPending,
@@ -104,4 +120,5 @@ EVENTS: list[type[Event]] = [
     BlockJobCancelled,
     BlockExportDeleted,
     BlockWriteThreshold,
+    BlockImageCorrupted,
 ]
