@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_client import NbdClient
+from tests.helpers.qcow2 import qemu_img
 from tests.helpers.qmp_client import QmpClient
 from tests.helpers.tools import require_tool
 
@@ -23,6 +24,12 @@ def commands_in_blocks(root: Path) -> list[list[dict[str, Any]]]:
     text = README.read_text().replace('"/', f'"{root}/')
     blocks = re.findall(r"^```json\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [[json.loads(line) for line in block.splitlines()] for block in blocks]
+
+
+def shell_lines(root: Path, program: str) -> list[list[str]]:
+    """The README's indented lines that run ``program``, in the order that they are in."""
+    text = README.read_text().replace(" /", f" {root}/")
+    return [line.split()[1:] for line in re.findall(rf"^    ({program} .*)$", text, re.MULTILINE)]
 
 
 def carry_out(qmp: QmpClient, commands: list[dict[str, Any]], *, backups: int = 1) -> None:
@@ -41,7 +48,8 @@ def test_the_readme_leads_to_a_backup_like_the_disk(daemon: Daemon, tmp_path: Pa
     disk.write_bytes(b"before" + bytes(DISK_BYTES - 6))
     log = tmp_path / "srv/vm/log.img"
     log.write_bytes(b"log" + bytes(DISK_BYTES - 3))
-    first, second, third, _ = commands_in_blocks(tmp_path)
+    first, second, full, above, several, _ = commands_in_blocks(tmp_path)
+    create, check, convert = shell_lines(tmp_path, "qemu-img")
     assert first[0] == {"execute": "qmp_capabilities"}
     with QmpClient(daemon.qmp_path) as qmp:
         carry_out(qmp, first[1:])
@@ -51,8 +59,14 @@ def test_the_readme_leads_to_a_backup_like_the_disk(daemon: Daemon, tmp_path: Pa
         carry_out(qmp, second)
         assert b"written since" in backup.read_bytes()
         assert backup.read_bytes() == disk.read_bytes()
+        carry_out(qmp, full)
         guest.write(DISK_BYTES // 4, b"and later")
-        carry_out(qmp, third, backups=2)
+        qemu_img(*create)
+        carry_out(qmp, above)
+        qemu_img(*check)
+        qemu_img(*convert)
+        assert (tmp_path / "srv/vm/restored.img").read_bytes() == disk.read_bytes()
+        carry_out(qmp, several, backups=2)
         assert backup.read_bytes() == disk.read_bytes()
         assert (tmp_path / "srv/backup/log.img").read_bytes() == log.read_bytes()
         guest.close()
