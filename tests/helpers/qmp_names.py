@@ -47,12 +47,6 @@ VALUES: list[tuple[str, str, list[Any]]] = [
     ("*-backup", "device", ["free", "nope", "", "src", "dst"]),
     ("blockdev-backup", "target", ["spare", "nope", "", "free", "dst"]),
     ("drive-backup", "target", ["DIR/spare.img", "DIR/none/t", "DIR", "", "DIR/dst.img", "nope:t"]),
-    (
-        "blockdev-snapshot-sync",
-        "snapshot-file",
-        ["DIR/spare.img", "DIR/none/s", "DIR", "", "DIR/dst.img", "nope:s"],
-    ),
-    ("blockdev-snapshot-sync", "snapshot-node-name", ["src", "1", "x" * 32]),
     ("object-add", "id", ["obj", "", "1"]),
     ("object-del", "id", ["nope", "", "obj"]),
     ("blockdev-add", "node-name", ["src", "", "1", "a" * 32]),

@@ -100,6 +100,12 @@ DIFFERENCES = [
         "the same; the peer's job fails then, or takes a very large size",
     ),
     Difference(
+        "object-add",
+        r".*",
+        r"invalid object type: authz-listfile",
+        "the storage daemon is built without it, QEMU has it",
+    ),
+    Difference(
         "blockdev-snapshot-sync",
         r"Invalid node-name: '.*'|Duplicate nodes with node-name='.*'|Node name too long",
         r"Could not create '.*': .*|Could not open '.*': .*",

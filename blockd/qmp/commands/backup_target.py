@@ -66,7 +66,7 @@ class TargetFiles:
         if arguments.mode == "existing":
             return await self._open_existing(arguments, name, source)
         own = "qcow2" if source.driver.name == "qcow2" else "raw"
-        match arguments.format or own:
+        match own if arguments.format is None else arguments.format:
             case "qcow2":
                 return await self._new_image(arguments, name, source)
             case "raw" | "file" as kind:
