@@ -7,10 +7,12 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import trio
 
 from blockd.block import (
+    Driver,
     FileDriver,
     Filter,
     Graph,
@@ -29,6 +31,8 @@ from blockd.qmp.commands.openers import OPENERS
 from blockd.qmp.opening import open_node
 from blockd.qmp.types.backup import DriveBackup
 from blockd.qmp.types.blockdev import FileOptions, HostDeviceOptions, Qcow2Options
+
+_Made = TypeVar("_Made", bound=Driver)
 
 _PROTOCOL = re.compile(r"([A-Za-z0-9+.-]+):")
 
@@ -80,7 +84,7 @@ class TargetFiles:
 
     async def _new_raw(self, name: str, source: Node) -> Target:
         file, below = await self._new_file(name, source.size_bytes)
-        node = self._graph.add(None, RawDriver(below), owned=False, hidden=True)
+        node, _ = await self._cover(below, RawDriver, file)
         return self._target_of(file, node, file.driver.make_empty)
 
     async def _new_image(self, arguments: DriveBackup, name: str, source: Node) -> Target:
@@ -94,13 +98,9 @@ class TargetFiles:
                 backing_format=backing.driver.name,
             )
         file, below = await self._new_file(name, 0)
-        try:
-            image = NewImage(below, options, backing=backing)
-            node = self._graph.add(None, image, owned=False, hidden=True)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await self._remove(below, file)
-            raise
+        node, image = await self._cover(
+            below, partial(NewImage, options=options, backing=backing), file
+        )
 
         async def make() -> None:
             made = await image.make(file.driver.make_empty)
@@ -138,11 +138,24 @@ class TargetFiles:
 
         return Target(node, use, release)
 
-    async def _remove(self, node: Node, file: NewFile) -> None:
+    async def _cover(
+        self, below: Node, make_driver: Callable[[Node], _Made], file: NewFile | None = None
+    ) -> tuple[Node, _Made]:
+        """A node over ``below``, which does not stay without it."""
+        try:
+            driver = make_driver(below)
+            return self._graph.add(None, driver, owned=False, hidden=True), driver
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._remove(below, file)
+            raise
+
+    async def _remove(self, node: Node, file: NewFile | None) -> None:
         try:
             await self._graph.remove(node)
         finally:
-            await trio.to_thread.run_sync(file.remove)
+            if file is not None:
+                await trio.to_thread.run_sync(file.remove)
 
     # -- there before ------------------------------------------------------------------------
 
@@ -176,7 +189,7 @@ class TargetFiles:
             with trio.CancelScope(shield=True):
                 await driver.close()
             raise
-        node = self._graph.add(None, RawDriver(below), owned=False, hidden=True)
+        node, _ = await self._cover(below, RawDriver)
         return Target(node, release=partial(self._graph.remove, node))
 
     async def _open_image(self, arguments: DriveBackup, name: str, source: Node) -> Target:
@@ -205,7 +218,7 @@ class TargetFiles:
         )
         below = self._graph.add(None, memory, owned=False, hidden=True)
         options = ImageOptions(header.size_bytes, cluster_size_bytes=header.cluster_size_bytes)
-        node = self._graph.add(None, NewImage(below, options), owned=False, hidden=True)
+        node, _ = await self._cover(below, partial(NewImage, options=options))
         return Target(node, release=partial(self._graph.remove, node))
 
 
