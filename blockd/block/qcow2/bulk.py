@@ -77,7 +77,7 @@ class BulkWriter:
         if kept:
             writer.link(table, replace(place, count=kept), first, Extent(offset, kept << bits))
         if place.new and kept < place.count:
-            writer.refcounts.free((place.host >> bits) + kept, place.count - kept)
+            writer.refcounts.give_back((place.host >> bits) + kept, place.count - kept)
         return (stop if offset < stop else end), written
 
     def _check_entries(self, table: Table, first: int, count: int) -> None:

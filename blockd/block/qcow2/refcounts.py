@@ -267,6 +267,20 @@ class Refcounts:
         if first <= (self.packed_end - 1) >> self._cluster_bits < first + count:
             self.packed_end = 0
 
+    def give_back(self, first: int, count: int) -> None:
+        """Clusters that were taken, and that nothing has ever named, are free again at once.
+
+        So whoever takes more than he needs does not make the file longer.
+        """
+        end = first + count
+        while first < end:
+            part = min(end - first, self._per_block - first % self._per_block)
+            try:
+                self._lower(first, part)
+            except _MissingBlock:
+                self.free(first, part)
+            first += part
+
     def abandon(self, first: int, count: int) -> None:
         """Like ``free``, but a write to the clusters may still be under way: at the end only."""
         self._abandoned.append((first, count))
