@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.helpers.backup_rig import use_small_limits
 from tests.helpers.daemon import Daemon
 
 # How long an example takes says something about the machine's other work, not about blockd.
@@ -25,3 +26,9 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
     log = daemon.log()
     assert status == 0, log
     assert "Traceback" not in log, log
+
+
+@pytest.fixture
+def small_backup_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backups in pieces so small that a few KiB take many of them."""
+    use_small_limits(monkeypatch)

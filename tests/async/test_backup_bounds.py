@@ -8,17 +8,14 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from blockd import limits
 from blockd.backup import Performance, Sync
-from tests.helpers.backup_rig import CLUSTER, open_rig, pattern, use_small_limits
+from tests.helpers.backup_rig import CLUSTER, open_rig, pattern
 from tests.helpers.memory_driver import MemoryDriver
 from tests.helpers.stepped_driver import SteppedDriver
 
 OLD = pattern(20, 512)
 SIZE = len(OLD)
 
-
-@pytest.fixture(autouse=True)
-def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_small_limits(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_backup_limits")
 
 
 @pytest.mark.parametrize(("workers", "in_flight"), [(1, 1), (3, 3), (64, limits.BACKUP_WORKERS)])

@@ -9,16 +9,13 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from blockd import limits
 from blockd.backup import BitmapMode, Sync
 from blockd.backup.held import HeldStore
-from tests.helpers.backup_rig import CLUSTER, open_rig, pattern, use_small_limits
+from tests.helpers.backup_rig import CLUSTER, open_rig, pattern
 from tests.helpers.memory_driver import MemoryDriver
 
 OLD = pattern(20, 512)
 SIZE = len(OLD)
 
-
-@pytest.fixture(autouse=True)
-def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_small_limits(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_backup_limits")
 
 
 @pytest.fixture

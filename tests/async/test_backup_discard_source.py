@@ -11,7 +11,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from blockd.backup import BitmapMode, Sync
 from blockd.errors import WouldBlock
-from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern, use_small_limits
+from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern
 from tests.helpers.memory_driver import MemoryDriver
 from tests.helpers.stepped_driver import SteppedDriver
 
@@ -19,10 +19,7 @@ OLD = pattern(20, 512)
 SIZE = len(OLD)
 NEW = memoryview(b"new" * 10)
 
-
-@pytest.fixture(autouse=True)
-def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_small_limits(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_backup_limits")
 
 
 @pytest.fixture

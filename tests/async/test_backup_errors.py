@@ -15,7 +15,7 @@ from blockd.backup import BackupJob, BitmapMode, OnErrors, Sync
 from blockd.block import Allocation
 from blockd.errors import BlockdError
 from blockd.job import OnError
-from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern, use_small_limits
+from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern
 from tests.helpers.error_policies import (
     EIO,
     ENDED_WELL,
@@ -32,10 +32,7 @@ SIZE = len(OLD)
 
 ON_SUCCESS, ALWAYS, NEVER = BitmapMode.ON_SUCCESS, BitmapMode.ALWAYS, BitmapMode.NEVER
 
-
-@pytest.fixture(autouse=True)
-def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_small_limits(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_backup_limits")
 
 
 @pytest.fixture

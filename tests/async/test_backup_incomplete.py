@@ -14,7 +14,7 @@ import trio
 from blockd.backup import BitmapMode, OnErrors, Sync
 from blockd.backup.incomplete import IncompleteMark, Needs
 from blockd.job import OnError
-from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern, use_small_limits
+from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern
 from tests.helpers.memory_driver import MemoryDriver
 
 OLD = pattern(20, 512)
@@ -25,10 +25,7 @@ WELL, BADLY, WITH_GAPS = "well", "badly", "with gaps"
 
 FULL = "full"
 
-
-@pytest.fixture(autouse=True)
-def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_small_limits(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_backup_limits")
 
 
 class Target:

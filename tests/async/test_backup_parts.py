@@ -8,16 +8,13 @@ import pytest
 
 from blockd.backup import Sync
 from blockd.block import WriteBy
-from tests.helpers.backup_rig import CLUSTER, open_rig, pattern, use_small_limits
+from tests.helpers.backup_rig import CLUSTER, open_rig, pattern
 from tests.helpers.stepped_driver import SteppedDriver
 
 OLD = pattern(20, 512)
 SIZE = len(OLD)
 
-
-@pytest.fixture(autouse=True)
-def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_small_limits(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_backup_limits")
 
 
 @pytest.fixture

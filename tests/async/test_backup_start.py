@@ -8,17 +8,14 @@ from trio.testing import wait_all_tasks_blocked
 
 from blockd.backup import BitmapMode, Sync
 from blockd.bitmap import DirtyBitmap
-from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern, use_small_limits
+from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern
 from tests.helpers.memory_driver import MemoryDriver
 
 OLD = pattern(20, 512)
 NEW = memoryview(b"\xfe" * CLUSTER)
 EARLIER, LATER = 3 * CLUSTER, 9 * CLUSTER
 
-
-@pytest.fixture(autouse=True)
-def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_small_limits(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_backup_limits")
 
 
 def lost(rig: Rig, bitmap: DirtyBitmap) -> set[int]:

@@ -10,7 +10,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from blockd.backup import BitmapMode, Sync
 from blockd.block import Node
-from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern, use_small_limits
+from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern
 from tests.helpers.memory_driver import MemoryDriver
 from tests.helpers.memory_overlay import MemoryOverlay
 
@@ -20,10 +20,7 @@ SIZE = len(BASE)
 HELD = {2: 100, 3: CLUSTER, 9: 1, 15: CLUSTER, 20: 3}
 NEW = b"N"
 
-
-@pytest.fixture(autouse=True)
-def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_small_limits(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_backup_limits")
 
 
 @pytest.fixture

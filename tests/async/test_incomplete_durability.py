@@ -11,17 +11,14 @@ import pytest
 
 from blockd.backup import Sync
 from blockd.block import Node, RawDriver
-from tests.helpers.backup_rig import open_rig, pattern, use_small_limits
+from tests.helpers.backup_rig import open_rig, pattern
 from tests.helpers.driver_subjects import open_image
 from tests.helpers.memory_driver import MemoryDriver
 
 CONTENT = pattern(4)
 MARK = "target.img.blockd-incomplete"
 
-
-@pytest.fixture(autouse=True)
-def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_small_limits(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_backup_limits")
 
 
 class Recorder:
