@@ -191,6 +191,17 @@ class Driver(ABC):
     def take_over(self, before: Driver) -> None:  # noqa: B027 - most have nothing to take over
         """Go on where ``before``, over the same storage, ends; called as it is replaced."""
 
+    async def suspend(self) -> None:  # noqa: B027 - most are always in order
+        """Leave the storage in order, as for ``close``; nothing is written until ``resume``.
+
+        Another driver may take over meanwhile. All is flushed. Raises ``OSError``.
+        """
+
+    async def resume(self) -> None:  # noqa: B027 - most are always ready
+        """Be ready to write, after ``suspend`` or having taken over; nothing is to be done where
+        it is. Raises ``OSError``, or ``BlockdError`` where the storage is not as it was left.
+        """
+
     async def make_read_only(self) -> None:
         """Let go of what only a writer needs: nothing is written any more. All is flushed.
 

@@ -37,29 +37,13 @@ class Places:
                     await stopped.enter_async_context(node.quiesced())
             yield
 
-    @asynccontextmanager
-    async def at_rest(self, nodes: Iterable[Node]) -> AsyncIterator[None]:
-        """The body runs with nothing under way in these nodes, and nothing beginning."""
-        wanted = set(nodes)
-        async with AsyncExitStack() as stopped:
-            # From the top, for what is under way in a node may need those below.
-            for node in tuple(from_the_top(self._standing.children)):
-                if node in wanted:
-                    await stopped.enter_async_context(node.at_rest())
-            yield
-
     def change_drivers(self, drivers: Mapping[Node, Driver]) -> list[Node]:
         """Let nodes that are at rest have these drivers, and stand on what those stand on.
 
         Returns what they stood on before, for ``remove_unneeded``. Raises ``BlockdError`` where
         users of a node are in the way, and then nothing has changed.
         """
-        for node in from_the_top(self._standing.children):
-            writers = any(Perm.WRITE in claim.access.needs for claim in node.users)
-            if writers and node in drivers and drivers[node].read_only:
-                raise BlockdError(
-                    f"Read-only block node '{node.name}' cannot support read-write users"
-                )
+        self._check_writers({node for node, driver in drivers.items() if driver.read_only})
         before = [child for node in drivers for child in node.driver.children.values()]
         with ExitStack() as undo:
             undo.callback(self._standing.settle)
@@ -72,6 +56,20 @@ class Places:
             for each in (node, *self._standing.above(node)):
                 each.child_changed()
         return before
+
+    def _check_writers(self, read_only: set[Node]) -> None:
+        """Raise ``BlockdError`` where one of these, which become read-only, has to be written to.
+
+        What stands on another of them writes no more.
+        """
+        children = self._standing.children
+        ending = {claim for node in read_only for _, claim in children[node].values()}
+        for node in from_the_top(children):
+            claims = [claim for claim in node.users if claim not in ending]
+            if node in read_only and any(Perm.WRITE in each.access.needs for each in claims):
+                raise BlockdError(
+                    f"Read-only block node '{node.name}' cannot support read-write users"
+                )
 
     def _change_driver(self, node: Node, driver: Driver) -> None:
         for role in list(self._standing.children[node]):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
@@ -11,6 +11,7 @@ from blockd.block.driver import Driver
 from blockd.block.graph import Graph
 from blockd.block.node import Node
 from blockd.block.permissions import Role
+from blockd.block.settling import from_the_top
 from blockd.errors import BlockdError
 
 
@@ -42,7 +43,11 @@ class Reopening:
 
     def children(self, node: Node) -> Mapping[Role, Node]:
         """What ``node`` stands on, or will."""
-        return self._planned.get(node, node.driver).children
+        return self.driver(node).children
+
+    def driver(self, node: Node) -> Driver:
+        """The driver that ``node`` has, or will have."""
+        return self._planned.get(node, node.driver)
 
     async def plan(self, node: Node, driver: Driver) -> None:
         """Give ``node`` this driver in the end, and no other that was planned for it before."""
@@ -61,13 +66,14 @@ class Reopening:
         """Let the nodes have their drivers, once no request is under way in them.
 
         Raises ``BlockdError`` where their users stand in the way, and ``OSError`` where one can't
-        be flushed; all is as it was then, and what was planned is still to be abandoned.
+        be flushed; all is as it was then, and what was planned is still to be abandoned. Where
+        the storage of one is not fit for being written to, that node stays read-only.
         """
         self._check_sizes()
         for node in self._planned:
             if not node.read_only:
                 await node.flush()
-        async with self._graph.places.at_rest(self._planned):
+        async with self._suspended():
             old = {node: node.driver for node in self._planned}
             before = self._graph.places.change_drivers(self._planned)
             self._planned = {}
@@ -76,6 +82,20 @@ class Reopening:
                 cleanup.push_async_callback(self._graph.remove_unneeded, before)
                 for driver in old.values():
                     cleanup.push_async_callback(driver.close)
+
+    @asynccontextmanager
+    async def _suspended(self) -> AsyncIterator[None]:
+        """The body runs with nothing under way in the nodes, and their storage in order.
+
+        That takes those below, so each is at rest after those above, and goes on before them.
+        """
+        async with AsyncExitStack() as rest:
+            for node in tuple(from_the_top(self._graph.standing.children)):
+                if node in self._planned:
+                    await rest.enter_async_context(node.at_rest())
+                    rest.push_async_callback(_resume, node)
+                    await _suspend(node)
+            yield
 
     def _check_sizes(self) -> None:
         """A user that relies on a size keeps it."""
@@ -89,3 +109,24 @@ class Reopening:
                         f"Node '{node.name}' gets another size: reopen it first, and node "
                         f"'{upper.name}' on top of it later"
                     )
+
+
+async def _suspend(node: Node) -> None:
+    if not node.read_only:
+        await node.keeper.save()
+        await node.driver.suspend()
+
+
+async def _resume(node: Node) -> None:
+    """Let a node go on with the driver that it has now, if that is another one or not."""
+    with trio.CancelScope(shield=True):
+        try:
+            if not node.read_only:
+                await node.driver.resume()
+                await node.keeper.resume()
+        except BaseException:
+            # Its bitmaps, or the storage itself, would miss what is written.
+            node.read_only = node.driver.read_only = True
+            raise
+        finally:
+            node.keeper.set_read_only(read_only=node.read_only)

@@ -50,6 +50,14 @@ class Life:
             if self.rng.random() < 0.2:
                 await node.flush()
 
+    async def reopen(self, node: Node) -> None:
+        """As a change of the node's options does it."""
+        await node.flush()
+        await node.keeper.save()
+        await node.driver.suspend()
+        await node.driver.resume()
+        await node.keeper.resume()
+
     async def remove(self, node: Node, name: str) -> None:
         self.removed[name] = len(self.disk.steps)
         await node.keeper.remove(name)
@@ -82,6 +90,8 @@ async def live(life: Life) -> None:
     await life.close(node)
     node = await life.open()
     await life.add(node, "second")
+    await life.write(node)
+    await life.reopen(node)
     await life.write(node)
     await life.close(node)
     node = await life.open()

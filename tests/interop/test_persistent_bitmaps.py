@@ -102,6 +102,63 @@ def test_qemu_img_changes_them_in_between(daemon: Daemon, image: Path) -> None:
     check(image)
 
 
+def test_they_are_in_the_image_while_it_is_read_only(daemon: Daemon, image: Path) -> None:
+    """What others change then, whom no lock keeps out, is found out before it is spoilt."""
+    with QmpClient(daemon.qmp_path) as client:
+        open_image(client, image)
+        add(client, "b")
+        write(client, image.parent, 0)
+        reopen(client, image, read_only=True)
+        assert flags(image) == {"b": ["auto"]}
+        check(image)
+        reopen(client, image, read_only=False)
+        assert flags(image) == {"b": ["in-use", "auto"]}
+        write(client, image.parent, MIB)
+        reopen(client, image, read_only=True)
+        assert bitmaps(client)["b"]["count"] == 2 * GRANULE
+        without_locks = f"driver=qcow2,file.driver=file,file.locking=off,file.filename={image}"
+        qemu_img("bitmap", "--remove", "--image-opts", without_locks, "b")
+        with pytest.raises(QmpError, match="The image's bitmaps have been changed by somebody"):
+            reopen(client, image, read_only=False)
+        with pytest.raises(QmpError, match="Cannot export read-only node as writable"):
+            write(client, image.parent, MIB)
+        client.execute("nbd-server-stop")
+        client.execute("blockdev-del", {"node-name": "n"})
+        open_image(client, image)
+        assert bitmaps(client) == {}
+    assert daemon.terminate() == 0
+    check(image)
+
+
+def test_a_refused_reopening_changes_nothing(daemon: Daemon, image: Path) -> None:
+    with QmpClient(daemon.qmp_path) as client:
+        open_image(client, image)
+        add(client, "b")
+        client.execute("nbd-server-start", {"addr": _address(image.parent)})
+        client.execute(
+            "block-export-add", {"type": "nbd", "id": "e", "node-name": "n", "writable": True}
+        )
+        with NbdClient.open(str(image.parent / "nbd.sock"), "n") as guest:
+            guest.write(0, b"g" * 4096)
+            with pytest.raises(QmpError, match="cannot support read-write users"):
+                reopen(client, image, read_only=True)
+            assert flags(image) == {"b": ["in-use", "auto"]}
+            guest.write(MIB, b"g" * 4096)
+            assert guest.read(0, 4096) == guest.read(MIB, 4096) == b"g" * 4096
+            guest.disconnect()
+        client.execute("nbd-server-stop")
+        assert bitmaps(client)["b"]["count"] == 2 * GRANULE
+    assert daemon.terminate() == 0
+    check(image)
+    assert flags(image) == {"b": ["auto"]}
+
+
+def reopen(client: QmpClient, image: Path, *, read_only: bool) -> None:
+    file = {"driver": "file", "filename": str(image)}
+    options = {"driver": "qcow2", "node-name": "n", "read-only": read_only, "file": file}
+    client.execute("blockdev-reopen", {"options": [options]})
+
+
 def test_after_a_kill_they_are_inconsistent(daemon: Daemon, image: Path) -> None:
     with QmpClient(daemon.qmp_path) as client:
         open_image(client, image)

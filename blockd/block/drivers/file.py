@@ -23,7 +23,7 @@ from blockd.block.allocation import Allocation
 from blockd.block.descriptor import Descriptor, WriteBy
 from blockd.block.driver import Driver
 from blockd.block.drivers import blocking
-from blockd.block.drivers.locking import resizing, share_writing
+from blockd.block.drivers.locking import rely_on_size, resizing, share_writing
 from blockd.block.drivers.mounts import is_local
 from blockd.errors import BlockdError, WouldBlock
 
@@ -93,6 +93,9 @@ class FileDriver(Driver):
     def take_over(self, before: Driver) -> None:
         """What was lost by the driver before stays lost, so flushes go on failing."""
         assert isinstance(before, FileDriver)
+        # It may have grown since this one was opened.
+        self.size_bytes = before.size_bytes
+        rely_on_size(self._fd, self.filename)
         self.discards = before.discards
         self._flush_error = before._flush_error  # noqa: SLF001 - one class
 

@@ -30,7 +30,8 @@ _FLOCK = struct.Struct("hhqqi4x")
 def lock_image(fd: int, filename: str, *, read_only: bool, beside_writer: bool = False) -> None:
     """Hold ``fd``'s image: for reading, or for writing with no other writer beside it.
 
-    ``beside_writer``: another descriptor of ours holds it for writing, so nobody is in the way.
+    ``beside_writer``: another descriptor of ours holds it for writing, so nobody is in the way;
+    that one may go on to resize it until ``rely_on_size``.
 
     Raises ``BlockdError`` where another process, or another node, holds it otherwise. A file
     system without such locks is used without them, as QEMU does by default.
@@ -41,7 +42,8 @@ def lock_image(fd: int, filename: str, *, read_only: bool, beside_writer: bool =
         for bit in used:
             _lock(fd, _USED_AT + bit)
         for bit in denied:
-            _lock(fd, _DENIED_AT + bit)
+            if bit != _RESIZE or not beside_writer:
+                _lock(fd, _DENIED_AT + bit)
         if beside_writer:
             return
         for bit in used:
@@ -50,6 +52,12 @@ def lock_image(fd: int, filename: str, *, read_only: bool, beside_writer: bool =
         for bit in denied:
             if _locked(fd, _USED_AT + bit):
                 raise _conflict(filename, f'shared "{_NAMES[bit]}" lock')
+
+
+def rely_on_size(fd: int, filename: str) -> None:
+    """Let nobody else resize the image."""
+    with _lockable(filename):
+        _lock(fd, _DENIED_AT + _RESIZE)
 
 
 def share_writing(fd: int) -> None:

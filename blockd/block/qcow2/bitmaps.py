@@ -66,7 +66,8 @@ class Qcow2Bitmaps:
     """What one open image keeps of bitmaps."""
 
     def __init__(self, room: Room) -> None:
-        self._room = room
+        #: The image as it is open now.
+        self.room = room
         #: As the directory in the file has them; empty until ``load``.
         self._entries: list[BitmapEntry] = []
         #: (Offset, length) of what was put, and what nothing in the file refers to yet.
@@ -84,7 +85,7 @@ class Qcow2Bitmaps:
     # -- at the open -------------------------------------------------------------------------
 
     async def load(self) -> Sequence[KeptBitmap]:
-        extension = self._room.header.extensions.bitmaps
+        extension = self.room.header.extensions.bitmaps
         if extension is None:
             return []
         self._claim(extension.directory_offset, extension.directory_size_bytes)
@@ -94,7 +95,7 @@ class Qcow2Bitmaps:
 
     def _claim(self, offset: int, length: int) -> None:
         """Take clusters that must have no other use, so what is read is bounded by the file."""
-        room = self._room
+        room = self.room
         clusters = room.header.clusters_of(offset, length)
         if offset >= room.file_size_bytes and length:
             raise BlockdError("A bitmap lies beyond the end of the image's file")
@@ -102,8 +103,20 @@ class Qcow2Bitmaps:
             raise BlockdError("A bitmap overlaps something else in the image")
         room.metadata.add_range(clusters.start, clusters.stop)
 
+    async def find_again(self) -> None:
+        """Take up with the image as it is opened again. Raises ``BlockdError``, ``OSError``."""
+        extension = self.room.header.extensions.bitmaps
+        entries = [] if extension is None else await self._read_directory(extension)
+        if entries != self._entries:
+            raise BlockdError("The image's bitmaps have been changed by somebody else meanwhile")
+        if extension is not None:
+            self._claim(extension.directory_offset, extension.directory_size_bytes)
+        for entry in entries:
+            for offset, length in await self._extents(entry):
+                self._claim(offset, length)
+
     async def _read_directory(self, extension: BitmapsExtension) -> list[BitmapEntry]:
-        room = self._room
+        room = self.room
         data = await room.read(extension.directory_offset, extension.directory_size_bytes)
         return parse_directory(
             data,
@@ -113,7 +126,7 @@ class Qcow2Bitmaps:
         )
 
     async def _load_one(self, entry: BitmapEntry) -> Recording | Stopped | Inconsistent:
-        room = self._room
+        room = self.room
         self._claim(entry.table_offset, table_bytes(entry.table_words))
         words = await self._read_table(entry)
         await trio.lowlevel.checkpoint()
@@ -137,9 +150,9 @@ class Qcow2Bitmaps:
         return Recording(bits) if BitmapFlag.AUTO in entry.flags else Stopped(bits)
 
     async def _read_table(self, entry: BitmapEntry) -> list[int]:
-        data = await self._room.read(entry.table_offset, table_bytes(entry.table_words))
+        data = await self.room.read(entry.table_offset, table_bytes(entry.table_words))
         try:
-            return parse_table(data, self._room.header.cluster_size_bytes)
+            return parse_table(data, self.room.header.cluster_size_bytes)
         except ValueError:
             raise BlockdError(
                 "Could not read bitmap_table table from image for bitmap "
@@ -150,24 +163,24 @@ class Qcow2Bitmaps:
         """The marks are single bits in the directory as it is, so none of it can get lost."""
         async with self._one:
             if self._header_in_doubt:
-                await self._put_header(self._room.header.extensions.bitmaps)
-            extension = self._room.header.extensions.bitmaps
+                await self._put_header(self.room.header.extensions.bitmaps)
+            extension = self.room.header.extensions.bitmaps
             if extension is None:
                 return
             marked = [entry.marked_in_use() for entry in self._entries]
             if marked != self._entries:
-                await self._room.write(extension.directory_offset, build_directory(marked))
-                await self._room.flush()
+                await self.room.write(extension.directory_offset, build_directory(marked))
+                await self.room.flush()
                 self._entries = marked
 
     def _shape(self, granularity_bytes: int) -> TableShape:
-        room = self._room
+        room = self.room
         return TableShape.of(room.size_bytes, granularity_bytes, room.header.cluster_size_bytes)
 
     # -- while it is open --------------------------------------------------------------------
 
     def check_new(self, name: str, granularity_bytes: int, others: Sequence[DirtyBitmap]) -> None:
-        room = self._room
+        room = self.room
         if room.header.version < 3:
             raise BlockdError("Cannot store dirty bitmaps in qcow2 v2 files")
         if room.read_only:
@@ -189,7 +202,7 @@ class Qcow2Bitmaps:
             entries = [entry for entry in self._entries if entry.name != name]
             if len(entries) == len(self._entries):
                 return
-            if self._room.read_only:
+            if self.room.read_only:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             await self._replace(entries)
 
@@ -198,7 +211,7 @@ class Qcow2Bitmaps:
     async def store(self, bitmaps: Sequence[DirtyBitmap]) -> None:
         """New ones are put behind the others, the newest first, as QEMU does."""
         async with self._one:
-            if self._room.read_only:
+            if self.room.read_only:
                 return
             names = {bitmap.name for bitmap in bitmaps}
             entries = {
@@ -250,15 +263,15 @@ class Qcow2Bitmaps:
 
     async def _put(self, data: bytes) -> int:
         """Write ``data`` to clusters of its own. What is in them behind it has no meaning."""
-        offset = await self._room.allocate(len(data))
+        offset = await self.room.allocate(len(data))
         self._taken.append((offset, len(data)))
-        await self._room.write(offset, data)
+        await self.room.write(offset, data)
         return offset
 
     def _give_back(self) -> None:
         """Free what was put, and what nothing in the file refers to."""
         while self._taken:
-            self._room.free(*self._taken.pop())
+            self.room.free(*self._taken.pop())
 
     # -- the directory -----------------------------------------------------------------------
 
@@ -268,7 +281,7 @@ class Qcow2Bitmaps:
         Where the header could not be written, nobody knows which one stands in the file, so
         nothing is freed: some clusters stay in use for nothing.
         """
-        room, stays = self._room, set(entries)
+        room, stays = self.room, set(entries)
         old = room.header.extensions.bitmaps
         try:
             gone = [each for each in self._entries if each not in stays]
@@ -288,7 +301,7 @@ class Qcow2Bitmaps:
 
     async def _put_header(self, bitmaps: BitmapsExtension | None) -> None:
         self._header_in_doubt = True
-        await self._room.change_header(lambda header: _with_bitmaps(header, bitmaps))
+        await self.room.change_header(lambda header: _with_bitmaps(header, bitmaps))
         self._header_in_doubt = False
 
     async def _put_directory(self, entries: list[BitmapEntry]) -> BitmapsExtension | None:
@@ -301,7 +314,7 @@ class Qcow2Bitmaps:
 
     async def _extents(self, entry: BitmapEntry) -> list[tuple[int, int]]:
         """(Offset, length) of what it takes in the file."""
-        cluster_size = self._room.header.cluster_size_bytes
+        cluster_size = self.room.header.cluster_size_bytes
         words = await self._read_table(entry)
         table = (entry.table_offset, table_bytes(entry.table_words))
         return [table, *((word, cluster_size) for word in words if word > ALL_ONES)]

@@ -25,9 +25,9 @@ from blockd.block.qcow2.chain import backing_path
 from blockd.block.qcow2.entries import CorruptImageError
 from blockd.block.qcow2.features import Incompatible
 from blockd.block.qcow2.header import Header
-from blockd.block.qcow2.image import Changes, Image
+from blockd.block.qcow2.image import Changes, Image, open_image, read_header
 from blockd.block.qcow2.room import ImageRoom
-from blockd.errors import WouldBlock
+from blockd.errors import BlockdError, WouldBlock
 
 log = logging.getLogger(__name__)
 
@@ -247,12 +247,49 @@ class Qcow2Driver(Driver):
         except OSError as error:
             log.error("'%s' could not be marked as corrupt: %s", self.filename, error.strerror)
 
-    async def make_read_only(self) -> None:
+    async def suspend(self) -> None:
         changes = self._image.changes
         if changes is not None and not self._broken:
             await changes.metadata.close()
         self._image = replace(self._image, header=self.header, changes=None)
+
+    async def resume(self) -> None:
+        image = self._image
+        if image.changes is not None or self._broken:
+            return
+        header = await read_header(image.file.node)
+        if header.size_bytes != self.size_bytes:
+            raise BlockdError(f"'{self.filename}' has been changed by somebody else meanwhile")
+        self._image = await open_image(
+            image.file.node,
+            header,
+            backing=image.reader.backing,
+            data_file=None if image.data_file is image.file else image.data_file.node,
+            discard_freed=not self.ignores_discards,
+        )
+        await self.bitmap_store.find_again()
+
+    async def make_read_only(self) -> None:
+        await self.suspend()
         self.read_only = True
+
+    def reopened(self, *, read_only: bool, direct: bool, flushes: bool, unmap: bool) -> Qcow2Driver:
+        """Another one over the same image, which is to take over."""
+        image = replace(self._image, header=self.header, changes=None)
+        driver = Qcow2Driver(image, direct=direct, flushes=flushes, unmap=unmap)
+        driver.size_bytes, driver.read_only = self.size_bytes, read_only
+        return driver
+
+    @property
+    def given_over(self) -> tuple[Image, bool, bool]:
+        """The image as it was left, whether damage was found in it, and whether that was fatal."""
+        return self._image, self._damaged, self._broken
+
+    def take_over(self, before: Driver) -> None:
+        if isinstance(before, Qcow2Driver):
+            self._image, self._damaged, self._broken = before.given_over
+            self.bitmap_store = before.bitmap_store
+            self.bitmap_store.room = ImageRoom(self._image_of_bitmaps)
 
     async def close(self) -> None:
         changes = self._image.changes

@@ -6,15 +6,23 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import trio
+from msgspec import UNSET
 
 from blockd.block import Driver, FileDriver, Graph, Node, Reopening, Role, reopen_file
+from blockd.block.qcow2 import Qcow2Driver
 from blockd.errors import BlockdError
 from blockd.qmp.commands.openers import OPENERS
 from blockd.qmp.commands.openers.files import open_raw
 from blockd.qmp.opening import ROOT, Common, Opening
 from blockd.qmp.services import Services
 from blockd.qmp.types.block import BlockdevReopen
-from blockd.qmp.types.blockdev import FileOptions, HostDeviceOptions, NodeOptions, RawOptions
+from blockd.qmp.types.blockdev import (
+    FileOptions,
+    HostDeviceOptions,
+    NodeOptions,
+    Qcow2Options,
+    RawOptions,
+)
 
 
 async def blockdev_reopen(services: Services, arguments: BlockdevReopen) -> None:
@@ -73,7 +81,10 @@ class _Opened(Opening):
             child = self.graph.get(reference)
             self._reopening.check_no_cycle(self.node, role, child)
             return child
-        child = self._reopening.children(self.node)[role]
+        children = self._reopening.children(self.node)
+        if role not in children:
+            raise BlockdError(f"Cannot change the option '{role.value}'")
+        child = children[role]
         if self.graph.is_owned(child):
             raise BlockdError(f"Cannot change the option '{role.value}.driver'")
         if reference.node_name not in (None, child.name):
@@ -81,6 +92,10 @@ class _Opened(Opening):
         inherited = self.common.inherited(role)
         await _plan(self._reopening, self.graph, child, reference, inherited)
         return child
+
+    def planned(self, node: Node) -> Driver:
+        """The driver that ``node`` is to have."""
+        return self._reopening.driver(node)
 
 
 async def _reopen_file(opened: _Opened, options: FileOptions | HostDeviceOptions) -> Driver:
@@ -100,9 +115,39 @@ async def _reopen_file(opened: _Opened, options: FileOptions | HostDeviceOptions
     )
 
 
+async def _reopen_qcow2(opened: _Opened, options: Qcow2Options) -> Driver:
+    driver, common = opened.node.driver, opened.common
+    assert isinstance(driver, Qcow2Driver)
+    file = await opened.child(Role.FILE, options.file)
+    _check_same(opened, Role.FILE, file)
+    if options.backing is not UNSET:
+        _check_same(opened, Role.BACKING, await _other(opened, Role.BACKING, options.backing))
+    if options.data_file is not None:
+        _check_same(opened, Role.DATA_FILE, await opened.child(Role.DATA_FILE, options.data_file))
+    below = opened.planned(file)
+    read_only = common.read_only or (common.auto_read_only and below.read_only)
+    if not read_only:
+        driver.header.for_writing()
+    return driver.reopened(
+        read_only=read_only, direct=common.direct, flushes=common.flushes, unmap=common.unmap
+    )
+
+
+async def _other(opened: _Opened, role: Role, reference: str | NodeOptions | None) -> Node | None:
+    return None if reference is None else await opened.child(role, reference)
+
+
+def _check_same(opened: _Opened, role: Role, child: Node | None) -> None:
+    if child is not opened.node.driver.children.get(role):
+        raise BlockdError(
+            f"The '{role.value}' child of node '{opened.node.name}' can't become another node"
+        )
+
+
 #: What opens a node's storage anew, with all that the options may change.
 _REOPENERS: Mapping[type[NodeOptions], Callable[[_Opened, Any], Awaitable[Driver]]] = {
     FileOptions: _reopen_file,
     HostDeviceOptions: _reopen_file,
     RawOptions: open_raw,
+    Qcow2Options: _reopen_qcow2,
 }

@@ -50,9 +50,9 @@ class BlockdevReopen(Command, kw_only=True):
     Each is named by ``node-name`` and described as for ``blockdev-add``: what is not said has its
     default. ``read-only``, ``cache``, ``discard`` and ``auto-read-only`` may change, and of a raw
     node ``offset``, ``size`` and ``file``, to another node that is there. A node that was made
-    along with another is described within that one. Bitmaps, exports and names stay. Refused
-    while a job uses a node, for another size while an export does, and for ``read-only`` while
-    somebody writes.
+    along with another is described within that one. Bitmaps, exports and names stay; a qcow2
+    image that becomes read-only has stored its bitmaps. Refused while a job uses a node, for
+    another size while an export does, and for ``read-only`` while somebody writes.
     """
 
     command: ClassVar[str] = "blockdev-reopen"

@@ -11,6 +11,7 @@ from tests.helpers.scenario import (
     Both,
     Differs,
     Do,
+    Leave,
     Scenario,
     Step,
     Until,
@@ -46,6 +47,12 @@ def image(**options: Any) -> list[Step]:
 
 def qcow2(**options: Any) -> Do:
     return do("blockdev-add", driver="qcow2", node_name="n", file=file("q.img"), **options)
+
+
+def reopen(**options: Any) -> Do:
+    named = {name.replace("_", "-"): value for name, value in options.items()}
+    whole = {"driver": "qcow2", "node-name": "n", "file": file("q.img"), **named}
+    return do("blockdev-reopen", options=[whole])
 
 
 def overlay_image(name: str) -> list[Step]:
@@ -216,6 +223,59 @@ SCENARIOS = [
             *reopened(),
             transaction(on_bitmap("remove", "a")),
             *reopened(),
+            *LEAVE,
+        ],
+    ),
+    Scenario(
+        "persistent-reopened",
+        [
+            *image(),
+            qcow2(),
+            bitmap("a", persistent=True),
+            bitmap("t"),
+            server(),
+            export("e", writable=True),
+            Write("n", MIB, 512),
+            Leave("n"),
+            *NO_GUEST,
+            reopen(read_only=True),
+            Bitmaps("n"),
+            *each_bitmap_command("n", "a", "clear", "remove", "disable", "enable"),
+            export("e", writable=True),
+            reopen(),
+            Bitmaps("n"),
+            export("e", writable=True),
+            Write("n", 2 * MIB, 512),
+            bitmap("b", persistent=True, disabled=True),
+            Bitmaps("n"),
+            *each_bitmap_command("n", "a", "disable"),
+            Leave("n"),
+            *NO_GUEST,
+            reopen(discard="unmap", cache={"no-flush": True}),
+            Bitmaps("n"),
+            reopen(read_only=True),
+            Bitmaps("n"),
+            *reopened(read_only=True),
+            reopen(),
+            Bitmaps("n"),
+            *each_bitmap_command("n", "a", "enable", "remove"),
+            *reopened(),
+            *LEAVE,
+        ],
+    ),
+    Scenario(
+        "persistent-reopened-with-a-backing-file",
+        [
+            *overlay_image("base"),
+            *image(),
+            qcow2(backing="base"),
+            bitmap("a", persistent=True),
+            reopen(backing="base", read_only=True),
+            Bitmaps("n"),
+            reopen(backing="base"),
+            Bitmaps("n"),
+            reopen(backing="nope"),
+            delete("base"),
             *LEAVE,
         ],
     ),
