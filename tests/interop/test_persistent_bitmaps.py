@@ -177,8 +177,11 @@ def test_after_a_kill_they_are_inconsistent(daemon: Daemon, image: Path) -> None
         }
         with pytest.raises(QmpError, match="Bitmap 'stored' is inconsistent and cannot be used"):
             client.execute("block-dirty-bitmap-clear", {"node": "n", "name": "stored"})
+        with pytest.raises(QmpError, match="Bitmap 'stored' is inconsistent and cannot be used"):
+            client.execute("block_resize", {"node-name": "n", "size": 128 * MIB})
         client.execute("block-dirty-bitmap-remove", {"node": "n", "name": "stored"})
         assert flags(image) == {}
+        client.execute("block_resize", {"node-name": "n", "size": 128 * MIB})
         add(client, "stored")
         write(client, image.parent, 0)
         client.execute("blockdev-del", {"node-name": "n"})

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from blockd import limits
 from blockd.bitmap import Inconsistent, NodeBitmaps
 from blockd.block.qcow2.bitmap_directory import BitmapFlag
 from blockd.block.qcow2.bitmaps import Qcow2Bitmaps
@@ -217,6 +218,19 @@ async def test_many_bitmaps_with_long_names(image: Path) -> None:
     again = await opened(image)
     assert [each.name for each in again.bitmaps.list()] == names
     assert all(info.count_bytes == 65536 for info in again.bitmaps.infos())
+
+
+def test_no_more_are_taken_than_an_image_can_keep(image: Path) -> None:
+    here = Opened(image)
+    here.add("b")
+    here.add("n" * limits.BITMAP_NAME_BYTES)
+    short, long = here.bitmaps.kept()
+    most = limits.QCOW2_BITMAPS
+    here.kept.check_new("another", 65536, [short] * (most - 1))
+    with pytest.raises(BlockdError, match="Maximum number of persistent bitmaps is already"):
+        here.kept.check_new("another", 65536, [short] * most)
+    with pytest.raises(BlockdError, match="No enough space in the bitmap directory"):
+        here.kept.check_new("another", 65536, [long] * (most - 1))
 
 
 @pytest.mark.parametrize("flag", [BitmapFlag(0), BitmapFlag.EXTRA_DATA_COMPATIBLE])
