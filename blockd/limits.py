@@ -101,6 +101,13 @@ NBD_READ_PIECE_BYTES = 1 * MIB
 #: What a Unix socket is asked to hold for its client: some replies of the usual large size. By
 #: default it has no room for a single one, and each is sent in parts with a wait for each.
 NBD_SOCKET_SEND_BYTES = 2 * MIB
+#: Zeroes read in pieces of this size are sent as holes, to those who understand that.
+NBD_HOLE_BYTES = 64 * KIB
+#: Runs in a block status, as many as QEMU has; the memory that they may take; and how often the
+#: node is asked for more of them, however few it tells each time.
+NBD_STATUS_RUNS = 128 * KIB
+NBD_STATUS_BYTES = 4 * MIB
+NBD_STATUS_STEPS = 4096
 #: Requests of one connection that run in tasks, and the bytes they may hold together (a single
 #: request of any size may always run).
 NBD_REQUESTS_IN_FLIGHT = 64

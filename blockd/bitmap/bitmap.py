@@ -78,11 +78,17 @@ class Freeze:
 class Pin:
     """The right to end one use of a bitmap by a reader, once (``RuntimeError`` after that)."""
 
-    __slots__ = ("_release", "_spent")
+    __slots__ = ("_look", "_release", "_spent")
 
-    def __init__(self, release: Callable[[], None]) -> None:
+    def __init__(self, release: Callable[[], None], look: Callable[[], Bits]) -> None:
         self._release = release
+        self._look = look
         self._spent = False
+
+    @property
+    def bits(self) -> Bits:
+        """What is marked now, to be read only; guest writes go on being marked there."""
+        return self._look()
 
     def release(self) -> None:
         """The bitmap is free again, as it is now."""
@@ -244,7 +250,11 @@ class DirtyBitmap:
         """Keep the bitmap as it is for ``holder``, but for guest writes, until the release."""
         bits = self.usable_bits()
         self._become(Pinned(bits, self.recording, holder))
-        return Pin(self._release)
+        return Pin(self._release, self._pinned_bits)
+
+    def _pinned_bits(self) -> Bits:
+        self._owner.fold()
+        return self._named_bits
 
     def pin_to_remove(self) -> Callable[[], None]:
         """Keep all others from the bitmap until what this returns is called, to remove it then."""

@@ -117,7 +117,12 @@ class Bits:
         already looked at (up to the end of that window) is not looked at again.
         """
         size = self._size_bytes
-        end = size if length is None else min(offset + length, size)
+        for starts, stops in self.spans(offset, size - offset if length is None else length):
+            yield from map(Extent, starts, map(sub, stops, starts))
+
+    def spans(self, offset: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
+        """As ``extents``, in bulk: where the runs begin and where they end, one piece at a time."""
+        end = min(offset + length, self._size_bytes)
         if offset >= end:
             return
         shift = self._shift
@@ -126,7 +131,7 @@ class Bits:
             stops = [granule << shift for granule in ends]
             starts[0] = max(starts[0], offset)
             stops[-1] = min(stops[-1], end, self._size_bytes)
-            yield from map(Extent, starts, map(sub, stops, starts))
+            yield starts, stops
 
     def intersects(self, offset: int, length: int) -> bool:
         """Whether any granule that the range touches is dirty."""

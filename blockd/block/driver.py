@@ -155,6 +155,10 @@ class Driver(ABC):
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         """Make the range read as zeroes; give its space back where ``unmap`` allows it."""
 
+    def zeroes_fast(self, offset: int, length: int, *, unmap: bool) -> bool:
+        """Whether ``write_zeroes`` takes less than writing as many zeroes, as far as is known."""
+        return False
+
     @abstractmethod
     async def discard(self, offset: int, length: int) -> None:
         """The range's content is no longer needed; what it reads as afterwards is open."""

@@ -190,6 +190,10 @@ class Node:
             finally:
                 self._gate.leave()
 
+    def zeroes_fast(self, offset: int, length: int, *, unmap: bool) -> bool:
+        """As ``Driver.zeroes_fast``."""
+        return self.driver.zeroes_fast(offset, length, unmap=unmap)
+
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
         """Give up the range's content. It counts as a write: what it reads as may change.
 

@@ -8,8 +8,8 @@ Replies may leave in another order than their requests came, as NBD allows.
 from __future__ import annotations
 
 import errno
-import os
 import time
+from collections.abc import Sequence
 from enum import Enum, auto
 
 import trio
@@ -17,23 +17,24 @@ import trio
 from blockd import limits
 from blockd.errors import WouldBlock
 from blockd.nbd.channel import Channel, ClientGone
-from blockd.nbd.chunks import error_reply
+from blockd.nbd.chunks import parse_status_filter
 from blockd.nbd.export import Export, RequestError
-from blockd.nbd.replies import SimpleReplies, StructuredReplies
+from blockd.nbd.replies import replies_of
+from blockd.nbd.running import Running
 from blockd.nbd.wire import (
     CMD_READ,
     CMD_WRITE,
+    EXTENDED_REQUEST,
+    EXTENDED_REQUEST_MAGIC,
     REQUEST,
     REQUEST_MAGIC,
     Cmd,
     CmdFlag,
+    Headers,
     ProtocolError,
     Request,
     parse_request,
 )
-
-_unpack_request = REQUEST.unpack_from
-_REQUEST_BYTES = REQUEST.size
 
 
 class _Stop(Enum):
@@ -59,13 +60,23 @@ class Connection:
         channel: Channel,
         export: Export,
         *,
-        structured: bool,
+        headers: Headers,
+        contexts: Sequence[int],
         early: bytes,
     ) -> None:
-        """``early``: what the client sent behind its last option."""
+        """``contexts``: those selected; ``early``: what the client sent behind its last option."""
         self._channel = channel
         self._export = export
-        self._replies = StructuredReplies() if structured else SimpleReplies()
+        self._contexts = contexts
+        self._replies = replies_of(headers)
+        self._extended = headers is Headers.EXTENDED
+        self._form, self._magic = REQUEST, REQUEST_MAGIC
+        if self._extended:
+            self._form, self._magic = EXTENDED_REQUEST, EXTENDED_REQUEST_MAGIC
+        self._header_bytes = self._form.size
+        #: The flags of a write that asks for nothing special.
+        self._write_flags = CmdFlag.PAYLOAD_LEN.value if self._extended else 0
+        self._running = Running(channel, export, self._replies)
         self._in = bytearray(limits.NBD_RECEIVE_BUFFER_BYTES)
         self._in_view = memoryview(self._in)
         self._in[: len(early)] = early
@@ -73,9 +84,6 @@ class Connection:
         self._out = bytearray(limits.NBD_SEND_BUFFER_BYTES)
         self._out_view = memoryview(self._out)
         self._out_used = 0
-        self._running = 0
-        self._running_bytes = 0
-        self._one_ended = trio.Event()
 
     async def serve(self) -> None:
         """Return when the client has gone. Raises ``ProtocolError`` for what is no NBD."""
@@ -103,17 +111,17 @@ class Connection:
                 elif stop is _NEED_ROOM:
                     await self._channel.end_turn_if_over()
                 elif stop is _SLOW_REQUEST:
-                    request = parse_request(self._in_view, start)
+                    request = parse_request(self._in_view, start, extended=self._extended)
                     assert request is not None
                     if request.type == Cmd.DISC:
                         return True
-                    start, end = await self._run_slow(request, start + _REQUEST_BYTES, end)
+                    start, end = await self._run_slow(request, start + self._header_bytes, end)
             if start == end:
                 start = end = 0
             elif len(self._in) - end < limits.NBD_RECEIVE_ROOM_BYTES:
                 start, end = self._move_to_front(start, end)
             view = self._in_view[end:]
-            count = await self._channel.receive_into(view, spin=not self._running)
+            count = await self._channel.receive_into(view, spin=not self._running.count)
             if not count:
                 return False
             end += count
@@ -127,27 +135,29 @@ class Connection:
         those that do the work. Whatever is unusual, even an error, is left to ``_run_slow``.
         """
         view, out, used = self._in_view, self._out_view, self._out_used
-        node, replies = self._export.node, self._replies
+        unpack, request_bytes, expected = self._form.unpack_from, self._header_bytes, self._magic
+        node, replies, content = self._export.node, self._replies, self._out
         read_nowait, write_nowait = node.read_nowait, self._export.write_nowait
         put_done, done_bytes = replies.put_done, replies.done_bytes
-        header_bytes = replies.data_header_bytes
+        put_read, header_bytes = replies.put_read, replies.data_header_bytes
         size, room, inline = node.size_bytes, limits.NBD_SEND_BYTES, len(out) - header_bytes
-        # Flags with which a write may run inline: none, and none at all on such an export.
-        plain = 0 if self._export.writable and not self._export.writethrough else -1
+        # Flags with which a write may run inline; none at all on such an export.
+        usual = self._write_flags
+        plain = usual if self._export.writable and not self._export.writethrough else -1
         stop = _END_OF_TURN
         monotonic = time.monotonic
         began = monotonic()
         turn_ends = began + limits.NBD_SLICE_SECONDS
-        first, filled = start, used
-        done = writes = highest = 0
+        first = start
+        done = writes = highest = read_bytes = 0
         try:
             for done in _BURST:  # noqa: B007 - it is looked at afterwards
-                if end - start < _REQUEST_BYTES:
+                if end - start < request_bytes:
                     stop = _NEED_DATA
                     break
-                magic, flags, kind, cookie, offset, length = _unpack_request(view, start)
-                data = start + _REQUEST_BYTES
-                if magic != REQUEST_MAGIC or not 0 < length <= inline or offset + length > size:
+                magic, flags, kind, cookie, offset, length = unpack(view, start)
+                data = start + request_bytes
+                if magic != expected or not 0 < length <= inline or offset + length > size:
                     stop = _SLOW_REQUEST
                     break
                 if used + header_bytes + length > room and used:
@@ -171,8 +181,8 @@ class Connection:
                     body = used + header_bytes
                     read_nowait(offset, out[body : body + length])
                     start = data
-                    replies.put_data_header(out, used, cookie, offset, length)
-                    used = body + length
+                    used = put_read(content, used, cookie, offset, length)
+                    read_bytes += length
                 else:
                     stop = _SLOW_REQUEST
                     break
@@ -182,10 +192,9 @@ class Connection:
         # Only at the end of its turn was the last request carried out too.
         done += stop is _END_OF_TURN
         if done:
-            reads = done - writes
-            read_bytes = used - filled - reads * header_bytes - writes * done_bytes
-            write_bytes = start - first - done * _REQUEST_BYTES
-            node.inline.add(reads, read_bytes, writes, write_bytes, highest, monotonic() - began)
+            write_bytes = start - first - done * request_bytes
+            seconds = monotonic() - began
+            node.inline.add(done - writes, read_bytes, writes, write_bytes, highest, seconds)
         return start, stop
 
     # -- all others ---------------------------------------------------------------------------
@@ -196,87 +205,50 @@ class Connection:
         Or only receive its payload. Returns where the bytes that are to be looked at next begin
         and end.
         """
-        payload = request.length if request.type == CMD_WRITE else 0
+        contexts, payload = self._contexts, 0
+        flagged = self._extended and request.flags & CmdFlag.PAYLOAD_LEN
+        if flagged or request.type == CMD_WRITE:
+            payload = request.length
         try:
-            self._export.check(request)
+            if flagged and request.type == CMD_WRITE:
+                request = request._replace(flags=request.flags & ~CmdFlag.PAYLOAD_LEN)
+            elif payload and request.type == Cmd.BLOCK_STATUS:
+                if payload <= limits.NBD_GATHER_BYTES:
+                    start, end = await self._fill(payload, start, end)
+                request, contexts = self._filter(request, self._in_view[start : start + payload])
+                start, payload = start + payload, 0
+            self._export.check(request, contexts)
         except RequestError as refusal:
-            self._export.count_refused(request)
-            if payload > limits.NBD_PAYLOAD_BYTES:
-                raise ProtocolError(refusal.message) from None
-            start, end = await self._skip(payload, start, end)
-            await self._send_error(request, refusal.errno, refusal.message)
-            return start, end
+            return await self._refuse(request, refusal, payload, start, end)
         if payload > limits.NBD_STREAM_BYTES:
             return await self._stream_write(request, start, end)
         if end - start < payload:
             # With its payload there, it may be one to finish at once.
-            start -= _REQUEST_BYTES
-            return await self._fill(_REQUEST_BYTES + payload, start, end)
+            start -= self._header_bytes
+            return await self._fill(self._header_bytes + payload, start, end)
         data = bytearray(self._in_view[start : start + payload])
-        await self._start(request, data)
+        await self._running.start(self._nursery, request, data, contexts)
         return start + payload, end
 
-    async def _start(self, request: Request, data: bytearray) -> None:
-        """Run a checked request in a task of its own, once there is room for one more."""
-        weight = request.length if request.type in (CMD_READ, CMD_WRITE) else 0
-        while self._running >= limits.NBD_REQUESTS_IN_FLIGHT or (
-            self._running and self._running_bytes + weight > limits.NBD_BYTES_IN_FLIGHT
-        ):
-            await self._one_ended.wait()
-        self._running += 1
-        self._running_bytes += weight
-        self._nursery.start_soon(self._run, request, data, weight)
+    def _filter(self, request: Request, payload: memoryview) -> tuple[Request, list[int]]:
+        """The block status that is meant, and of which contexts. Raises ``RequestError``."""
+        told = parse_status_filter(payload)
+        if told is not None:
+            length, contexts = told
+            if contexts and len({*contexts} & {*self._contexts}) == len(contexts):
+                flags = request.flags & ~CmdFlag.PAYLOAD_LEN
+                return request._replace(flags=flags, length=length), contexts
+        raise RequestError(errno.EINVAL, "CMD_BLOCK_STATUS payload not valid")
 
-    async def _run(self, request: Request, payload: bytearray, weight: int) -> None:
-        try:
-            try:
-                if request.type == CMD_READ and request.length:
-                    reply = await self._read(request)
-                else:
-                    await self._export.run(request, memoryview(payload))
-                    reply = [self._done(request)]
-            except OSError as error:
-                await self._send_failure(request, error)
-            else:
-                await self._channel.send(*reply)
-        finally:
-            self._running -= 1
-            self._running_bytes -= weight
-            self._one_ended.set()
-            self._one_ended = trio.Event()
-
-    async def _read(self, request: Request) -> list[memoryview]:
-        """Run a READ; its whole reply, in parts.
-
-        One part would do, but to clear the memory for the largest would stop the loop for 40 ms.
-        """
-        parts: list[memoryview] = []
-        header = self._replies.data_header_bytes
-        for at in range(0, request.length, limits.NBD_READ_PIECE_BYTES):
-            count = min(request.length - at, limits.NBD_READ_PIECE_BYTES)
-            part = memoryview(bytearray(header + count))
-            if count < request.length:
-                await self._read_piece(request.offset + at, part[header:])
-            else:
-                # A small one was tried at once before.
-                await self._export.node.read(request.offset + at, part[header:])
-            parts.append(part)
-            header = 0
-        self._replies.put_data_header(parts[0], 0, request.cookie, request.offset, request.length)
-        return parts
-
-    async def _read_piece(self, offset: int, piece: memoryview) -> None:
-        node, began = self._export.node, time.monotonic()
-        try:
-            node.read_nowait(offset, piece)
-        except WouldBlock:
-            await node.read(offset, piece)
-        except OSError:
-            node.accounts.read.failed += 1
-            raise
-        else:
-            node.inline.add(1, len(piece), 0, 0, 0, time.monotonic() - began)
-            await self._channel.end_turn_if_over()
+    async def _refuse(
+        self, request: Request, refusal: RequestError, payload: int, start: int, end: int
+    ) -> tuple[int, int]:
+        self._export.count_refused(request)
+        if payload > limits.NBD_PAYLOAD_BYTES:
+            raise ProtocolError(refusal.message) from None
+        start, end = await self._skip(payload, start, end)
+        await self._running.send_error(request, refusal.errno, refusal.message)
+        return start, end
 
     async def _stream_write(self, request: Request, start: int, end: int) -> tuple[int, int]:
         """Write a large payload piece by piece, each while it is warm in the cache.
@@ -300,9 +272,9 @@ class Connection:
             except OSError as error:
                 failure = error
         if failure is not None:
-            await self._send_failure(request, failure)
+            await self._running.send_failure(request, failure)
         else:
-            await self._channel.send(self._done(request))
+            await self._running.send_done(request)
         return start, end
 
     async def _write_piece(self, offset: int, piece: memoryview) -> OSError | None:
@@ -347,21 +319,3 @@ class Connection:
         end -= start
         self._in_view[:end] = self._in_view[start : start + end]
         return 0, end
-
-    # -- replies ------------------------------------------------------------------------------
-
-    def _done(self, request: Request) -> memoryview:
-        """The reply to a request that succeeded and has no data to return."""
-        if request.type == CMD_READ:
-            return memoryview(self._replies.empty_read(request))
-        reply = memoryview(bytearray(self._replies.done_bytes))
-        self._replies.put_done(reply, 0, request.cookie, request.offset)
-        return reply
-
-    async def _send_failure(self, request: Request, error: OSError) -> None:
-        number = error.errno or errno.EIO
-        await self._send_error(request, number, os.strerror(number))
-
-    async def _send_error(self, request: Request, number: int, message: str) -> None:
-        reply = error_reply(request, number, message, self._replies.headers)
-        await self._channel.send(memoryview(reply))

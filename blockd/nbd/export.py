@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 
 import trio
 
 from blockd import limits
+from blockd.bitmap import DirtyBitmap, Pin
 from blockd.block import Gate, Graph, Node
-from blockd.errors import WouldBlock
-from blockd.nbd.handshake import ExportInfo
+from blockd.errors import BlockdError, WouldBlock
+from blockd.nbd.agreement import ExportInfo
+from blockd.nbd.contexts import Contexts
 from blockd.nbd.wire import Cmd, CmdFlag, Request, TransmissionFlag
 
 #: Flags that a command may carry; every one not named takes FUA alone, as QEMU does.
 _ALLOWED_FLAGS = {
     Cmd.READ.value: (CmdFlag.FUA | CmdFlag.DF).value,
-    Cmd.WRITE_ZEROES.value: (CmdFlag.FUA | CmdFlag.NO_HOLE).value,
+    Cmd.WRITE_ZEROES.value: (CmdFlag.FUA | CmdFlag.NO_HOLE | CmdFlag.FAST_ZERO).value,
+    Cmd.BLOCK_STATUS.value: (CmdFlag.FUA | CmdFlag.REQ_ONE).value,
 }
 _WRITING = frozenset({Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES})
+_KNOWN = frozenset({Cmd.READ, Cmd.FLUSH, Cmd.CACHE, Cmd.BLOCK_STATUS, *_WRITING})
+#: Commands that move data, or would have to.
+_BOUNDED = frozenset({Cmd.READ, Cmd.WRITE, Cmd.CACHE})
 
 
 class RequestError(Exception):
@@ -44,10 +51,14 @@ class Export:
         writable: bool,
         writethrough: bool,
         graph: Graph,
+        bitmaps: Sequence[DirtyBitmap] = (),
+        allocation_depth: bool = False,
     ) -> None:
         """``writethrough``: every write is flushed before its reply.
 
-        It holds the node until ``release``. Raises ``BlockdError`` where another user forbids it.
+        ``bitmaps``: clients may ask what is dirty in them; ``allocation_depth``: and in which
+        image of a chain something is. It holds the node and the bitmaps until ``release``.
+        Raises ``BlockdError`` where another user forbids it.
         """
         self.id = export_id
         self.node = node
@@ -61,8 +72,20 @@ class Export:
         self.deleted = trio.Event()
         self.multi_conn = True
         self._gate = Gate()
-        hold = graph.hold(node, "an unnamed block device", writes=writable, follower=self)
-        self.release = hold.release
+        self._hold = graph.hold(node, "an unnamed block device", writes=writable, follower=self)
+        try:
+            self._pins = _pin_all(bitmaps)
+        except BlockdError:
+            self._hold.release()
+            raise
+        named = [(bitmap.name, self._pins[bitmap]) for bitmap in bitmaps]
+        self.contexts = Contexts(lambda: self.node, named, depth=allocation_depth)
+
+    def release(self) -> None:
+        """Let go of the node and the bitmaps; no client is left."""
+        for pin in self._pins.values():
+            pin.release()
+        self._hold.release()
 
     # -- as a user of its node ----------------------------------------------------------------
 
@@ -86,14 +109,11 @@ class Export:
 
     def info(self) -> ExportInfo:
         """What the handshake tells a client."""
-        flags = (
-            TransmissionFlag.HAS_FLAGS
-            | TransmissionFlag.SEND_FLUSH
-            | TransmissionFlag.SEND_FUA
-            | TransmissionFlag.SEND_DF
-        )
+        flags = TransmissionFlag.HAS_FLAGS | TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_FUA
+        flags |= TransmissionFlag.SEND_CACHE
         if self.writable:
-            flags |= TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES
+            flags |= TransmissionFlag.SEND_TRIM
+            flags |= TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
         else:
             flags |= TransmissionFlag.READ_ONLY
         if self.multi_conn:
@@ -106,23 +126,31 @@ class Export:
             minimum_block_bytes=1,
             preferred_block_bytes=4096,
             maximum_block_bytes=limits.NBD_PAYLOAD_BYTES,
+            contexts=self.contexts.names,
         )
 
-    def check(self, request: Request) -> None:
+    def check(self, request: Request, contexts: Collection[int] = ()) -> None:
         """Check one request completely (proto.md, "Transmission phase"); then it may run.
 
-        Raises ``RequestError``.
+        ``contexts``: those that a block status would tell of. Raises ``RequestError``.
         """
         flags, kind, _, offset, length = request
-        if kind not in (Cmd.READ, Cmd.FLUSH, *_WRITING):
+        if kind not in _KNOWN:
             raise RequestError(errno.EINVAL, f"invalid request type ({kind}) received")
         if flags & ~_ALLOWED_FLAGS.get(kind, CmdFlag.FUA.value):
-            raise RequestError(errno.EINVAL, f"unsupported flags for command (got 0x{flags:x})")
+            raise RequestError(
+                errno.EINVAL,
+                f"unsupported flags for command {_label(kind)} (got 0x{flags:x})",
+            )
         if kind in _WRITING and not self.writable:
             raise RequestError(errno.EPERM, "Export is read-only")
         if kind == Cmd.FLUSH:
             return
-        if kind in (Cmd.READ, Cmd.WRITE) and length > limits.NBD_PAYLOAD_BYTES:
+        if kind == Cmd.BLOCK_STATUS and not contexts:
+            raise RequestError(errno.EINVAL, "CMD_BLOCK_STATUS not negotiated")
+        if kind == Cmd.BLOCK_STATUS and not length:
+            raise RequestError(errno.EINVAL, "need non-zero length")
+        if kind in _BOUNDED and length > limits.NBD_PAYLOAD_BYTES:
             raise RequestError(
                 errno.EINVAL,
                 f"len ({length}) is larger than max len ({limits.NBD_PAYLOAD_BYTES})",
@@ -169,6 +197,9 @@ class Export:
                 await node.write(offset, data, fua=fua)
             case Cmd.WRITE_ZEROES:
                 unmap = not request.flags & CmdFlag.NO_HOLE
+                fast = request.flags & CmdFlag.FAST_ZERO
+                if fast and not node.zeroes_fast(offset, length, unmap=unmap):
+                    raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
                 await node.write_zeroes(offset, length, unmap=unmap, fua=fua)
             case Cmd.TRIM:
                 await node.discard(offset, length, fua=fua)
@@ -180,3 +211,22 @@ class Export:
             await self.node.write(offset, view)
         finally:
             self._gate.leave()
+
+
+def _label(kind: int) -> str:
+    """A command's name as QEMU writes it."""
+    return Cmd(kind).name.lower().replace("_", " ")
+
+
+def _pin_all(bitmaps: Sequence[DirtyBitmap]) -> dict[DirtyBitmap, Pin]:
+    """Each once, or none. Raises ``BlockdError`` where one is in use."""
+    pins: dict[DirtyBitmap, Pin] = {}
+    try:
+        for bitmap in bitmaps:
+            if bitmap not in pins:
+                pins[bitmap] = bitmap.pin("an NBD export")
+    except BlockdError:
+        for pin in pins.values():
+            pin.release()
+        raise
+    return pins

@@ -19,26 +19,34 @@ from typing import ClassVar, Final, Protocol, TypeAlias
 
 from blockd import limits
 from blockd.nbd import wire
-from blockd.nbd.options import OptionError, option_label, parse_info, parse_name, unexpected_length
-from blockd.nbd.wire import ClientFlag, HandshakeFlag, Info, Option, Rep, TransmissionFlag
-
-
-@dataclass(frozen=True, slots=True)
-class ExportInfo:
-    """What a client is told about an export.
-
-    ``name`` and ``description`` are at most ``limits.NBD_STRING_BYTES`` long; the description is
-    empty where there is none. ``flags`` say what the export can do; SEND_DF among them is shown
-    only to a client with structured replies. The block sizes obey proto.md's "Size constraints".
-    """
-
-    name: str
-    description: str
-    size_bytes: int
-    flags: TransmissionFlag
-    minimum_block_bytes: int
-    preferred_block_bytes: int
-    maximum_block_bytes: int
+from blockd.nbd.agreement import Agreement, ExportInfo
+from blockd.nbd.options import (
+    OptionError,
+    matching,
+    meta_context,
+    option_label,
+    parse_info,
+    parse_meta,
+    parse_name,
+    unexpected_length,
+)
+from blockd.nbd.steps import (
+    HardDisconnect,
+    NeedData,
+    Reply,
+    SoftDisconnect,
+    StartTls,
+    Step,
+    Transmission,
+)
+from blockd.nbd.wire import (
+    ClientFlag,
+    HandshakeFlag,
+    Headers,
+    Info,
+    Option,
+    Rep,
+)
 
 
 class Exports(Protocol):
@@ -50,64 +58,6 @@ class Exports(Protocol):
     def list(self) -> Iterable[ExportInfo]:
         """All exports, in the order of their creation."""
 
-
-# --- steps: what the connection is to do next ------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class NeedData:
-    """Receive something, ``feed`` it, ask again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """Send ``data``, ask again."""
-
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class StartTls:
-    """Send ``reply`` in clear, shake hands by TLS, ask again; nothing goes in clear any more.
-
-    ``early`` is what the client has sent already: the beginning of its TLS handshake. Whatever
-    somebody put there for the options of the encrypted session makes that fail.
-    """
-
-    reply: bytes
-    early: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Transmission:
-    """The handshake is over: take hold of the export, send ``reply``, serve requests.
-
-    ``early`` is what the client has sent already after its last option: the first requests.
-    """
-
-    export: ExportInfo
-    structured_replies: bool
-    reply: bytes
-    early: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class SoftDisconnect:
-    """The client wishes to leave: send ``reply`` and close. It may be gone already."""
-
-    reply: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class HardDisconnect:
-    """Close at once; ``reason`` is for the log and may repeat what the client sent."""
-
-    reason: str
-
-
-_End: TypeAlias = Transmission | SoftDisconnect | HardDisconnect
-_Answer: TypeAlias = Reply | StartTls | _End
-Step: TypeAlias = NeedData | _Answer
 
 # --- states: what the machine waits for; an _End is a state too -------------------------------
 
@@ -143,6 +93,8 @@ class _Waste:
     answer: Callable[[bytes], _Answer]
 
 
+_End: TypeAlias = Transmission | SoftDisconnect | HardDisconnect
+_Answer: TypeAlias = Reply | StartTls | _End
 _State: TypeAlias = _Greeting | _Flags | _Header | _Data | _Waste | _End
 
 
@@ -188,7 +140,7 @@ class Handshake:
         self._received = bytearray()
         self._state: _State = _Greeting()
         self._client_flags = ClientFlag(0)
-        self._structured_replies = False
+        self._agreement = Agreement()
         self._options = 0
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
@@ -281,6 +233,8 @@ class Handshake:
         takes, run = self._OPTIONS.get(option, (_Takes.ANYTHING, Handshake._unsupported))
         if self._tls is _Tls.REQUIRED and option != Option.STARTTLS:
             takes, run = _Takes.ANYTHING, Handshake._tls_required
+        if option == Option.SET_META_CONTEXT:  # even where it is refused
+            self._agreement.forget_contexts()
         if takes is _Takes.DATA and length <= limits.NBD_OPTION_DATA_BYTES:
             return _Data(length, partial(self._answer, run, option))
         if takes is _Takes.DATA:
@@ -301,8 +255,11 @@ class Handshake:
             return Reply(wire.option_reply(option, error.kind, message))
 
     def _export_name(self, option: int, data: bytes) -> _Answer:
+        if self._agreement.headers is Headers.EXTENDED:
+            raise OptionError(Rep.ERR_INVALID, "Extended headers already negotiated")
         export = self._find(parse_name(option, data))
-        reply = wire.EXPORT_NAME_REPLY.pack(export.size_bytes, self._transmission_flags(export))
+        flags = self._agreement.flags(option, export)
+        reply = wire.EXPORT_NAME_REPLY.pack(export.size_bytes, flags)
         if not self._client_flags & ClientFlag.C_NO_ZEROES:
             reply += bytes(wire.EXPORT_NAME_ZEROES_BYTES)
         return self._transmission(export, reply)
@@ -338,16 +295,32 @@ class Handshake:
         """INFO and GO, which differ only in what follows."""
         name, requests = parse_info(option, data)
         export = self._find(name)
-        replies = [wire.option_reply(option, Rep.INFO, i) for i in self._infos(export, requests)]
+        infos = self._infos(option, export, requests)
+        replies = [wire.option_reply(option, Rep.INFO, info) for info in infos]
         replies.append(wire.option_reply(option, Rep.ACK))
         reply = b"".join(replies)
         return self._transmission(export, reply) if option == Option.GO else Reply(reply)
 
-    def _structured_reply(self, option: int, _data: bytes) -> _Answer:
-        if self._structured_replies:
-            raise OptionError(Rep.ERR_INVALID, "structured reply already negotiated")
-        self._structured_replies = True
+    def _headers(self, option: int, _data: bytes) -> _Answer:
+        """STRUCTURED_REPLY and EXTENDED_HEADERS."""
+        self._agreement.agree_on_headers(option)
         return Reply(wire.option_reply(option, Rep.ACK))
+
+    def _meta_context(self, option: int, data: bytes) -> _Answer:
+        """LIST_META_CONTEXT and SET_META_CONTEXT."""
+        lists = option == Option.LIST_META_CONTEXT
+        if not lists:
+            self._agreement.check_contexts_fit()
+        name, queries = parse_meta(option, data)
+        export = self._find(name)
+        numbers = matching(export.contexts, queries, lists=lists)
+        if not lists:
+            self._agreement.select_contexts(export, numbers)
+        # In a list the number is reserved.
+        contexts = [meta_context(0 if lists else n, export.contexts[n]) for n in numbers]
+        replies = [wire.option_reply(option, Rep.META_CONTEXT, each) for each in contexts]
+        replies.append(wire.option_reply(option, Rep.ACK))
+        return Reply(b"".join(replies))
 
     def _unsupported(self, option: int, _data: bytes) -> _Answer:
         raise OptionError(Rep.ERR_UNSUP, f"Unsupported option {option} ({option_label(option)})")
@@ -369,7 +342,10 @@ class Handshake:
         Option.STARTTLS: (_Takes.NOTHING, _starttls),
         Option.INFO: (_Takes.DATA, _info),
         Option.GO: (_Takes.DATA, _info),
-        Option.STRUCTURED_REPLY: (_Takes.NOTHING, _structured_reply),
+        Option.STRUCTURED_REPLY: (_Takes.NOTHING, _headers),
+        Option.LIST_META_CONTEXT: (_Takes.DATA, _meta_context),
+        Option.SET_META_CONTEXT: (_Takes.DATA, _meta_context),
+        Option.EXTENDED_HEADERS: (_Takes.NOTHING, _headers),
     }
 
     # --- what an answer is made of ---------------------------------------------------------
@@ -384,14 +360,10 @@ class Handshake:
 
     def _transmission(self, export: ExportInfo, reply: bytes) -> Transmission:
         early = self._take(len(self._received))
-        return Transmission(export, self._structured_replies, reply, early)
+        contexts = self._agreement.contexts(export)
+        return Transmission(export, self._agreement.headers, contexts, reply, early)
 
-    def _transmission_flags(self, export: ExportInfo) -> TransmissionFlag:
-        """HAS_FLAGS MUST be set, SEND_DF MUST NOT without structured replies."""
-        flags = export.flags | TransmissionFlag.HAS_FLAGS
-        return flags if self._structured_replies else flags & ~TransmissionFlag.SEND_DF
-
-    def _infos(self, export: ExportInfo, requests: set[int]) -> Iterable[bytes]:
+    def _infos(self, option: int, export: ExportInfo, requests: set[int]) -> Iterable[bytes]:
         """Description and block sizes are told unasked, as QEMU does: proto.md allows it."""
         if Info.NAME in requests:
             yield wire.U16.pack(Info.NAME) + export.name.encode()
@@ -404,5 +376,5 @@ class Handshake:
             export.maximum_block_bytes,
         )
         yield wire.INFO_EXPORT.pack(
-            Info.EXPORT, export.size_bytes, self._transmission_flags(export)
+            Info.EXPORT, export.size_bytes, self._agreement.flags(option, export)
         )

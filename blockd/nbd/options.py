@@ -5,7 +5,7 @@ Source: ``doc/proto.md``, "Conventions" and "Option types". Where QEMU has a mes
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from blockd import limits
@@ -16,6 +16,8 @@ from blockd.nbd.wire import Option, ProtocolError, Rep
 BASE_ALLOCATION: Final = "base:allocation"
 ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
 DIRTY_BITMAP: Final = "qemu:dirty-bitmap:"
+#: Queries that list all contexts whose name begins like this, but select none.
+_WILDCARDS: Final = ("base:", "qemu:", DIRTY_BITMAP)
 
 
 class OptionError(Exception):
@@ -28,7 +30,10 @@ class OptionError(Exception):
 
 
 class MetaQueries(NamedTuple):
-    """The data of LIST_META_CONTEXT and SET_META_CONTEXT."""
+    """The data of LIST_META_CONTEXT and SET_META_CONTEXT.
+
+    A query that is no name of ours, whatever it is, is given as an empty one.
+    """
 
     export: str
     queries: list[str]
@@ -98,8 +103,6 @@ def meta_data(export: str, queries: Iterable[str]) -> bytes:
 def parse_meta(option: int, data: bytes) -> MetaQueries:
     """What ``meta_data`` has made.
 
-    A query of no name's form is none of ours, and left out.
-
     Raises:
         OptionError: the lengths don't fit together, the name is none, or there is a NUL.
     """
@@ -107,18 +110,32 @@ def parse_meta(option: int, data: bytes) -> MetaQueries:
     export = parse_name(option, fields.text())
     queries = [_query(option, fields) for _ in range(fields.number())]
     fields.end()
-    return MetaQueries(export, [query for query in queries if query is not None])
+    return MetaQueries(export, queries)
 
 
-def _query(option: int, fields: _Data) -> str | None:
+def _query(option: int, fields: _Data) -> str:
     query = fields.take(fields.number())
     if len(query) > limits.NBD_STRING_BYTES:
-        return None
+        return ""
     _refuse_nul(option, query)
     try:
         return query.decode()
     except UnicodeDecodeError:
-        return None
+        return ""
+
+
+def matching(offered: Mapping[int, str], queries: Sequence[str], *, lists: bool) -> list[int]:
+    """The numbers of the contexts that are asked for, in the order in which they are offered.
+
+    ``lists``: for LIST_META_CONTEXT, which has wildcards and takes no query for all.
+    """
+    if lists and not queries:
+        return list(offered)
+    wanted = set(queries)
+    prefixes = tuple(wanted.intersection(_WILDCARDS)) if lists else ()
+    return [
+        number for number, name in offered.items() if name in wanted or name.startswith(prefixes)
+    ]
 
 
 def meta_context(number: int, name: str) -> bytes:

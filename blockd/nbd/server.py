@@ -15,19 +15,12 @@ from blockd.errors import BlockdError
 from blockd.events import Bus
 from blockd.listener import Address, Listener, listen
 from blockd.nbd.activity import Activity
+from blockd.nbd.agreement import ExportInfo
 from blockd.nbd.channel import Channel, ClientGone
 from blockd.nbd.connection import Connection
 from blockd.nbd.export import Export
-from blockd.nbd.handshake import (
-    ExportInfo,
-    Handshake,
-    HardDisconnect,
-    NeedData,
-    Reply,
-    SoftDisconnect,
-    StartTls,
-    Transmission,
-)
+from blockd.nbd.handshake import Handshake
+from blockd.nbd.steps import HardDisconnect, NeedData, Reply, SoftDisconnect, StartTls, Transmission
 from blockd.nbd.tls import Certificate
 from blockd.nbd.wire import ProtocolError
 
@@ -250,7 +243,8 @@ class NbdServer:
         connection = Connection(
             channel,
             export,
-            structured=chosen.structured_replies,
+            headers=chosen.headers,
+            contexts=chosen.contexts,
             early=chosen.early,
         )
         with trio.CancelScope() as scope:

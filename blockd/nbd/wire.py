@@ -134,6 +134,8 @@ EXTENDED_OFFSET_DATA_HEADER: Final = Struct(">IHHQQQQ")  # the same with an exte
 ERROR_PAYLOAD: Final = Struct(">IH")  # Errno, length of the message, which follows
 OFFSET: Final = Struct(">Q")  # the end of an ERROR_OFFSET payload
 HOLE: Final = Struct(">QI")  # an OFFSET_HOLE payload: offset, length
+OFFSET_HOLE_CHUNK: Final = Struct(">IHHQIQI")  # a structured header and that
+EXTENDED_OFFSET_HOLE_CHUNK: Final = Struct(">IHHQQQQI")  # the same with an extended header
 
 
 class Headers(IntEnum):
@@ -211,6 +213,7 @@ CMD_READ: Final = Cmd.READ.value
 CMD_WRITE: Final = Cmd.WRITE.value
 DONE: Final = ReplyFlag.DONE.value
 OFFSET_DATA: Final = ReplyType.OFFSET_DATA.value
+OFFSET_HOLE: Final = ReplyType.OFFSET_HOLE.value
 
 # EDQUOT and EFBIG: "Error values". EROFS and, below, EINVAL for all others: as QEMU answers.
 _ERRNOS: Final = {error.value: error for error in Errno} | {

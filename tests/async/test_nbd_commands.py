@@ -219,6 +219,7 @@ OUT_OF_RANGE = [
     (Call(Cmd.WRITE, DISK_BYTES, data=b"x" * 300_000), Errno.ENOSPC),
     (Call(Cmd.WRITE_ZEROES, 1, DISK_BYTES), Errno.ENOSPC),
     (Call(Cmd.TRIM, DISK_BYTES, 1), Errno.EINVAL),
+    (Call(Cmd.CACHE, DISK_BYTES, 1), Errno.EINVAL),
 ]
 
 
@@ -235,14 +236,14 @@ async def test_what_lies_out_of_range_is_refused(
 
 
 UNKNOWN = [
-    Call(Cmd.CACHE, 0, 512),
+    Call(Cmd.CACHE, 0, 512, CmdFlag.DF),
     Call(Cmd.BLOCK_STATUS, 0, 512),
     Call(77, 2**64 - 1, 2**32 - 1),
     Call(Cmd.READ, 0, 512, CmdFlag.NO_HOLE),
     Call(Cmd.WRITE, flags=CmdFlag.DF, data=b"x" * 512),
     Call(Cmd.WRITE, flags=1 << 15, data=b"x" * 300_000),
     Call(Cmd.TRIM, 0, 512, CmdFlag.NO_HOLE),
-    Call(Cmd.WRITE_ZEROES, 0, 512, CmdFlag.FAST_ZERO),
+    Call(Cmd.WRITE_ZEROES, 0, 512, CmdFlag.PAYLOAD_LEN),
     Call(Cmd.FLUSH, flags=CmdFlag.REQ_ONE),
 ]
 
@@ -388,10 +389,13 @@ async def test_what_an_export_says_of_itself(rig: Rig) -> None:
                 | TransmissionFlag.SEND_WRITE_ZEROES
                 | TransmissionFlag.SEND_DF
                 | TransmissionFlag.CAN_MULTI_CONN
+                | TransmissionFlag.SEND_CACHE
+                | TransmissionFlag.SEND_FAST_ZERO
             )
             flags = TransmissionFlag(client.info("ro").flags)
             assert flags & TransmissionFlag.READ_ONLY
             assert not flags & TransmissionFlag.SEND_TRIM
             assert not flags & TransmissionFlag.SEND_WRITE_ZEROES
+            assert not flags & TransmissionFlag.SEND_FAST_ZERO
 
     await in_thread(converse)

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from blockd.nbd.wire import Cmd, CmdFlag, Errno, Rep, TransmissionFlag
+from blockd.nbd.wire import Cmd, CmdFlag, Errno, Rep
 from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_codec import Call
 from tests.helpers.nbd_process import qemu_nbd, serving
@@ -78,17 +78,7 @@ OPTIONS: _Table[Haggled] = {
         haggled.ours == Answer(Rep.ERR_INVALID, message="export name is not valid UTF-8")
         and haggled.theirs.code in (Rep.ERR_UNKNOWN, Rep.ERR_INVALID)
     ),
-    "QEMU has more to offer": lambda haggled: (
-        haggled.ours.code == haggled.theirs.code
-        and _flags(haggled.theirs) - _flags(haggled.ours)
-        == TransmissionFlag.SEND_CACHE + TransmissionFlag.SEND_FAST_ZERO
-    ),
 }
-
-
-def _flags(answer: Answer) -> int:
-    """The transmission flags in an answer to INFO, GO or EXPORT_NAME."""
-    return int.from_bytes(answer.data[:10][-2:] if len(answer.data) >= 124 else answer.data[-2:])
 
 
 class Pair:

@@ -13,6 +13,8 @@ from typing import Protocol, Self
 
 from blockd import limits
 from blockd.nbd import wire
+from blockd.nbd.chunks import parse_chunk, status_filter
+from blockd.nbd.options import meta_data, parse_meta_context
 from blockd.nbd.wire import ClientFlag, Cmd, Errno, Option, ProtocolError, Rep, ReplyFlag
 from tests.helpers.nbd_codec import (
     Call,
@@ -43,10 +45,10 @@ class NbdClient:
 
     def __init__(self, stream: Stream, *, flags: int = FIXED_NO_ZEROES) -> None:
         self.stream = stream
-        self.structured = False
+        self.structured = self.extended = False
         self._no_zeroes = bool(flags & ClientFlag.C_NO_ZEROES)
         self._pending: dict[int, Pending] = {}
-        self._done: dict[int, bytes | NbdError] = {}
+        self._done: dict[int, Pending] = {}
         self._cookie = 0
         password, magic, _ = wire.GREETING.unpack(self.receive(wire.GREETING.size))
         if (password, magic) != (wire.INIT_PASSWD, wire.OPTION_MAGIC):
@@ -67,13 +69,22 @@ class NbdClient:
 
     @classmethod
     def open(
-        cls, address: str | tuple[str, int], export: str, *, structured: bool = True
+        cls,
+        address: str | tuple[str, int],
+        export: str,
+        *contexts: str,
+        structured: bool = True,
+        extended: bool = False,
     ) -> NbdClient:
         """Connect and go; requests may follow."""
         client = cls.connect(address)
         try:
-            if structured:
+            if extended:
+                client.extended_headers()
+            elif structured:
                 client.structured_replies()
+            if contexts:
+                client.set_contexts(export, *contexts)
             client.go(export)
         except BaseException:
             client.close()
@@ -150,6 +161,20 @@ class NbdClient:
         self.option(Option.STRUCTURED_REPLY)
         self.structured = True
 
+    def extended_headers(self) -> None:
+        self.option(Option.EXTENDED_HEADERS)
+        self.extended = True
+
+    def list_contexts(self, name: str, *queries: str) -> list[str]:
+        """The meta contexts of an export."""
+        replies = self.option(Option.LIST_META_CONTEXT, meta_data(name, queries))
+        return [context for _, context in map(parse_meta_context, replies)]
+
+    def set_contexts(self, name: str, *queries: str) -> dict[str, int]:
+        """Select meta contexts; their numbers."""
+        replies = self.option(Option.SET_META_CONTEXT, meta_data(name, queries))
+        return {context: number for number, context in map(parse_meta_context, replies)}
+
     def info(self, name: str, *requests: int, option: Option = Option.INFO) -> ExportReply:
         return parse_infos(self.option(option, info_bytes(name.encode(), *requests)))
 
@@ -171,17 +196,24 @@ class NbdClient:
         reads = call.cmd == Cmd.READ and call.length <= limits.NBD_PAYLOAD_BYTES
         data = bytearray(call.length if reads else 0)
         self._pending[self._cookie] = Pending(call, data)
-        self.send(request_bytes(call, self._cookie))
+        self.send(request_bytes(call, self._cookie, extended=self.extended))
         return self._cookie
+
+    def pending(self, cookie: int) -> Pending:
+        """A request that was submitted, to be watched."""
+        return self._pending[cookie]
 
     def wait(self, cookie: int) -> bytes:
         """A request's data, empty for all but READ. Raises NbdError."""
+        return bytes(self._wait(cookie).data)
+
+    def _wait(self, cookie: int) -> Pending:
         while cookie not in self._done:
             self._receive_reply()
-        result = self._done.pop(cookie)
-        if isinstance(result, NbdError):
-            raise result
-        return result
+        pending = self._done.pop(cookie)
+        if pending.error is not None:
+            raise pending.error
+        return pending
 
     def pipeline(self, calls: Iterable[Call], *, depth: int = 32) -> list[bytes | NbdError]:
         """Run requests, ``depth`` in flight; their results in the order of the calls."""
@@ -192,7 +224,8 @@ class NbdClient:
             cookies.append(self.submit(call))
         while self._pending:
             self._receive_reply()
-        return [self._done.pop(cookie) for cookie in cookies]
+        done = [self._done.pop(cookie) for cookie in cookies]
+        return [pending.error or bytes(pending.data) for pending in done]
 
     def read(self, offset: int, length: int, flags: int = 0) -> bytes:
         return self.wait(self.submit(Call(Cmd.READ, offset, length, flags)))
@@ -209,15 +242,29 @@ class NbdClient:
     def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         self.wait(self.submit(Call(Cmd.WRITE_ZEROES, offset, length, flags)))
 
+    def cache(self, offset: int, length: int) -> None:
+        self.wait(self.submit(Call(Cmd.CACHE, offset, length)))
+
+    def block_status(
+        self, offset: int, length: int, flags: int = 0, *, contexts: Iterable[int] | None = None
+    ) -> dict[int, list[tuple[int, int]]]:
+        """Length and flags of each run, by context; ``contexts``: of these alone."""
+        data = b"" if contexts is None else status_filter(length, [*contexts])
+        call = Call(Cmd.BLOCK_STATUS, offset, length, flags, data)
+        return self._wait(self.submit(call)).statuses
+
     def disconnect(self) -> None:
         """Say goodbye; the server answers by closing."""
-        self.send(request_bytes(Call(Cmd.DISC), 0))
+        self.send(request_bytes(Call(Cmd.DISC), 0, extended=self.extended))
         if not self.at_end():
             raise ProtocolError("an answer to DISC")
         self.close()
 
     def _receive_reply(self) -> None:
         """One simple reply or one chunk."""
+        if self.extended:
+            self._receive_chunk(self.receive(wire.EXTENDED_HEADER.size))
+            return
         head = self.receive(wire.SIMPLE_REPLY.size)
         magic, errno, cookie = wire.SIMPLE_REPLY.unpack(head)
         if magic == wire.STRUCTURED_REPLY_MAGIC and self.structured:
@@ -228,18 +275,20 @@ class NbdClient:
         pending = self._pending[cookie]
         if pending.call.cmd == Cmd.READ and self.structured:
             raise ProtocolError("a simple reply to READ")
-        self._done[cookie] = (
-            NbdError(Errno(errno), "") if errno else self.receive(len(pending.data))
-        )
-        del self._pending[cookie]
+        if errno:
+            pending.error = NbdError(Errno(errno), "")
+        else:
+            pending.data[:] = self.receive(len(pending.data))
+        self._done[cookie] = self._pending.pop(cookie)
 
     def _receive_chunk(self, head: bytes) -> None:
-        _, flags, kind, cookie, length = wire.STRUCTURED_HEADER.unpack(head)
+        flags, kind, cookie, offset, length = parse_chunk(head, extended=self.extended)
         payload = self.receive(length)
         if cookie not in self._pending:
             raise ProtocolError(f"a chunk for nothing: cookie {cookie}")
         pending = self._pending[cookie]
+        if offset not in {None, pending.call.offset}:
+            raise ProtocolError(f"a chunk for offset {offset}")
         pending.take_chunk(kind, payload, done=bool(flags & ReplyFlag.DONE))
         if flags & ReplyFlag.DONE:
-            self._done[cookie] = pending.error or bytes(pending.data)
-            del self._pending[cookie]
+            self._done[cookie] = self._pending.pop(cookie)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from blockd.nbd import wire
+from blockd.nbd.chunks import parse_status
 from blockd.nbd.wire import Errno, Info, ProtocolError, Rep, ReplyType
 
 
@@ -49,10 +50,13 @@ def info_bytes(name: bytes, *requests: int) -> bytes:
     return wire.U32.pack(len(name)) + name + wire.U16.pack(len(requests)) + listed
 
 
-def request_bytes(call: Call, cookie: int) -> bytes:
-    length = len(call.data) or call.length
-    fields = (wire.REQUEST_MAGIC, call.flags, call.cmd, cookie, call.offset, length)
-    return wire.REQUEST.pack(*fields) + call.data
+def request_bytes(call: Call, cookie: int, *, extended: bool = False) -> bytes:
+    """With extended headers, data are announced by a flag, as they must be."""
+    length, flags = len(call.data) or call.length, call.flags
+    if extended and call.data:
+        flags |= wire.CmdFlag.PAYLOAD_LEN
+    request = wire.Request(flags, call.cmd, cookie, call.offset, length)
+    return wire.request_header(request, extended=extended) + call.data
 
 
 def parse_server(data: bytes) -> tuple[str, str]:
@@ -82,9 +86,14 @@ class Pending:
     data: bytearray
     covered_bytes: int = 0
     error: NbdError | None = None
+    #: Length and flags of the runs of each context in a block status.
+    statuses: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    #: The types of the chunks that have come.
+    kinds: set[int] = field(default_factory=set)
 
     def take_chunk(self, kind: int, payload: bytes, *, done: bool) -> None:
         """Take one structured reply chunk in. Raises ProtocolError for one that can't be."""
+        self.kinds.add(kind)
         match kind:
             case ReplyType.NONE if done and not payload:
                 pass
@@ -92,6 +101,12 @@ class Pending:
                 self._cover(payload[:8], payload[8:])
             case ReplyType.OFFSET_HOLE if len(payload) == 12:
                 self._cover(payload[:8], bytes(int.from_bytes(payload[8:])))
+            case ReplyType.BLOCK_STATUS | ReplyType.BLOCK_STATUS_EXT:
+                extended = kind == ReplyType.BLOCK_STATUS_EXT
+                context, runs = parse_status(payload, extended=extended)
+                if context in self.statuses:
+                    raise ProtocolError(f"context {context} comes twice")
+                self.statuses[context] = list(zip(runs.lengths, runs.flags, strict=True))
             case ReplyType.ERROR | ReplyType.ERROR_OFFSET if len(payload) >= 6:
                 errno, size = wire.ERROR_PAYLOAD.unpack_from(payload)
                 if len(payload) - 6 - size != (8 if kind == ReplyType.ERROR_OFFSET else 0):

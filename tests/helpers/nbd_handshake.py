@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from blockd.nbd.handshake import (
-    ExportInfo,
-    Handshake,
-    NeedData,
-    Reply,
-    SoftDisconnect,
-    Step,
-    Transmission,
-)
+from blockd.nbd.agreement import ExportInfo
+from blockd.nbd.handshake import Handshake
+from blockd.nbd.steps import NeedData, Reply, SoftDisconnect, Step, Transmission
 from blockd.nbd.wire import TransmissionFlag
 
 GREETING = bytes.fromhex("4e42444d41474943 49484156454f5054 0003")
 
 # What qemu-storage-daemon 10.0.2 exports, so that its answers are ours.
-QEMU_FLAGS = TransmissionFlag(0xDED)
-DISK = ExportInfo("exp", "the descr", 1 << 20, QEMU_FLAGS, 1, 4096, 1 << 25)
-PLAIN = ExportInfo("", "", 2**63 - 512, TransmissionFlag.READ_ONLY, 512, 65536, 2**32 - 1)
+QEMU_FLAGS = TransmissionFlag(0xD6D)
+CONTEXTS = {0: "base:allocation", 1: "qemu:allocation-depth", 2: "qemu:dirty-bitmap:b"}
+DISK = ExportInfo("exp", "the descr", 1 << 20, QEMU_FLAGS, 1, 4096, 1 << 25, CONTEXTS)
+PLAIN = ExportInfo(
+    "", "", 2**63 - 512, TransmissionFlag.READ_ONLY, 512, 65536, 2**32 - 1, {0: CONTEXTS[0]}
+)
 
 
 class Directory:

@@ -10,10 +10,12 @@ from typing import TypeVar
 
 import trio
 
+from blockd.bitmap import DirtyBitmap
 from blockd.block import Graph, Node
 from blockd.events import Bus, Event
 from blockd.listener import UnixAddress
 from blockd.nbd import Export, NbdServer, Settings, wire
+from blockd.nbd.chunks import parse_chunk
 from blockd.nbd.wire import Cmd, Errno, Option
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.nbd_codec import (
@@ -61,6 +63,8 @@ class Rig:
         writable: bool = True,
         writethrough: bool = False,
         description: str = "",
+        bitmaps: Sequence[DirtyBitmap] = (),
+        allocation_depth: bool = False,
     ) -> Export:
         name = node.name if name is None else name
         self.server.check_id(f"id-{name}")
@@ -73,6 +77,8 @@ class Rig:
             writable=writable,
             writethrough=writethrough,
             graph=self.graph,
+            bitmaps=bitmaps,
+            allocation_depth=allocation_depth,
         )
         self.server.add(export)
         return export
@@ -81,9 +87,19 @@ class Rig:
         """The exports that were said to be gone."""
         return [e.data["id"] for e in self.events if e.name == "BLOCK_EXPORT_DELETED"]
 
-    async def client(self, name: str = "disk", *, structured: bool = True) -> NbdClient:
+    async def client(
+        self,
+        name: str = "disk",
+        *contexts: str,
+        structured: bool = True,
+        extended: bool = False,
+    ) -> NbdClient:
         """A client of the blocking kind, for ``in_thread``."""
-        client = await in_thread(lambda: NbdClient.open(self.path, name, structured=structured))
+        client = await in_thread(
+            lambda: NbdClient.open(
+                self.path, name, *contexts, structured=structured, extended=extended
+            )
+        )
         self._clients.append(client)
         return client
 
@@ -239,10 +255,11 @@ class RawClient:
             results[cookie] = NbdError(Errno(errno), "") if errno else data
             return
         head += await self.receive(wire.STRUCTURED_HEADER.size - len(head))
-        magic, flags, kind, cookie, length = wire.STRUCTURED_HEADER.unpack(head)
-        assert (magic, flags) == (wire.STRUCTURED_REPLY_MAGIC, wire.DONE)
-        pending[cookie].take_chunk(kind, await self.receive(length), done=True)
-        results[cookie] = pending[cookie].error or bytes(pending[cookie].data)
+        flags, kind, cookie, _, length = parse_chunk(head, extended=False)
+        done = bool(flags & wire.DONE)
+        pending[cookie].take_chunk(kind, await self.receive(length), done=done)
+        if done:
+            results[cookie] = pending[cookie].error or bytes(pending[cookie].data)
 
     async def write(self, offset: int, data: bytes) -> None:
         """Write, with nothing else in flight."""

@@ -200,11 +200,14 @@ def test_meta_contexts(vector: dict[str, Any]) -> None:
             options.parse_meta_context(data[:size])
 
 
-def test_queries_that_are_no_names_are_left_out() -> None:
+def test_queries_that_are_no_names_ask_for_nothing() -> None:
     queries = [b"\xff", b"x" * (limits.NBD_STRING_BYTES + 1), b"base:allocation"]
     data = wire.U32.pack(0) + wire.U32.pack(len(queries))
     data += b"".join(wire.U32.pack(len(query)) + query for query in queries)
-    assert options.parse_meta(Option.LIST_META_CONTEXT, data) == ("", ["base:allocation"])
+    assert options.parse_meta(Option.LIST_META_CONTEXT, data) == (
+        "",
+        ["", "", "base:allocation"],
+    )
 
 
 def test_a_query_with_a_nul_is_refused() -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from blockd.nbd.handshake import NeedData, SoftDisconnect, Step, Transmission
-from blockd.nbd.wire import Info, Option, Rep, TransmissionFlag
+from blockd.nbd.steps import NeedData, SoftDisconnect, Step, Transmission
+from blockd.nbd.wire import Headers, Info, Option, Rep, TransmissionFlag
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.nbd_codec import ExportReply, NbdError
-from tests.helpers.nbd_handshake import DISK, GREETING, PLAIN, Server, converse
+from tests.helpers.nbd_handshake import CONTEXTS, DISK, GREETING, PLAIN, Server, converse
 from tests.helpers.vectors import load, named
 
 
@@ -44,6 +44,30 @@ def go_structured(client: NbdClient) -> object:
     return client.go("exp")
 
 
+def go_extended(*queries: str, of: str = "exp") -> Callable[[NbdClient], object]:
+    """Extended headers, contexts of an export, and then into ``exp``; those and what it says."""
+
+    def action(client: NbdClient) -> object:
+        client.extended_headers()
+        contexts = client.set_contexts(of, *queries)
+        return contexts, client.go("exp")
+
+    return action
+
+
+def contexts_in_vain(client: NbdClient) -> object:
+    """Selected, then selected anew with a mistake."""
+    client.structured_replies()
+    client.set_contexts("exp", "base:allocation")
+    with pytest.raises(NbdError, match="export 'nope' not present"):
+        client.set_contexts("nope", "base:allocation")
+    return client.go("exp")
+
+
+def listed(*queries: str, of: str = "exp") -> Callable[[NbdClient], object]:
+    return lambda client: client.list_contexts(of, *queries)
+
+
 TOLD_ALL = ExportReply(1 << 20, 0xD6D, "exp", "the descr", (1, 4096, 1 << 25))
 TOLD_SOME = ExportReply(1 << 20, 0xD6D, None, "the descr", (1, 4096, 1 << 25))
 
@@ -64,6 +88,33 @@ CALLS: dict[str, tuple[Callable[[NbdClient], object], object]] = {
     ),
     "go": (lambda client: client.go("exp"), TOLD_SOME),
     "structured replies, go": (go_structured, TOLD_SOME._replace(flags=0xDED)),
+    "extended headers, contexts, go": (
+        go_extended("qemu:dirty-bitmap:b", "nope:x", "base:allocation", "base:allocation"),
+        ({"base:allocation": 0, "qemu:dirty-bitmap:b": 2}, TOLD_SOME._replace(flags=0x1DED)),
+    ),
+    "extended headers, wildcards select nothing, go": (
+        go_extended("base:", "qemu:", "qemu:dirty-bitmap:", ""),
+        ({}, TOLD_SOME._replace(flags=0xDED)),
+    ),
+    "extended headers, contexts of another export, go": (
+        go_extended("base:allocation", of=""),
+        ({"base:allocation": 0}, TOLD_SOME._replace(flags=0xDED)),
+    ),
+    "contexts are forgotten at the next selection": (
+        contexts_in_vain,
+        TOLD_SOME._replace(flags=0xDED),
+    ),
+    "list all contexts": (listed(), list(CONTEXTS.values())),
+    "list contexts by wildcards": (listed("qemu:"), list(CONTEXTS.values())[1:]),
+    "list contexts by a wildcard of bitmaps": (
+        listed("qemu:dirty-bitmap:", "qemu:x"),
+        [CONTEXTS[2]],
+    ),
+    "list contexts that are not there": (listed("qemu:dirty-bitmap:c", "x:", ""), []),
+    "list contexts of no export": (
+        refusal(listed(of="nope")),
+        (Rep.ERR_UNKNOWN, "export 'nope' not present"),
+    ),
     "export name, without zeroes": (
         lambda client: client.export_name("exp"),
         ExportReply(1 << 20, 0xD6D),
@@ -107,7 +158,9 @@ def end_of(vector: dict[str, Any]) -> Callable[[bytes], Step]:
     if vector["then"] == "closed":
         return lambda _: SoftDisconnect(reply)
     export = {each.name: each for each in (DISK, PLAIN)}[vector["export"]]
-    return lambda early: Transmission(export, vector["structured-replies"], reply, early)
+    headers = Headers[vector["headers"]]
+    contexts = tuple(vector["contexts"])
+    return lambda early: Transmission(export, headers, contexts, reply, early)
 
 
 def case_of(vector: dict[str, Any]) -> Case:
@@ -143,6 +196,7 @@ def test_the_published_server_is_the_one_that_is_asked() -> None:
                 export.preferred_block_bytes,
                 export.maximum_block_bytes,
             ],
+            "contexts": {str(number): name for number, name in export.contexts.items()},
         }
         for export in (DISK, PLAIN)
     ]

@@ -10,14 +10,9 @@ from hypothesis import strategies as st
 
 from blockd import limits
 from blockd.nbd import wire
-from blockd.nbd.handshake import (
-    Handshake,
-    HardDisconnect,
-    NeedData,
-    Reply,
-    SoftDisconnect,
-    Transmission,
-)
+from blockd.nbd.handshake import Handshake
+from blockd.nbd.options import meta_data
+from blockd.nbd.steps import HardDisconnect, NeedData, Reply, SoftDisconnect, Transmission
 from blockd.nbd.wire import Option, Rep
 from tests.helpers.nbd_codec import info_bytes, option_bytes
 from tests.helpers.nbd_handshake import DISK, GREETING, PLAIN, Directory, Server, converse
@@ -58,10 +53,34 @@ REFUSED: dict[str, tuple[int, bytes, bytes]] = {
         b"x",
         error_message(5, Rep.ERR_INVALID, "option 'starttls' has unexpected length"),
     ),
-    "known but not offered": (
+    "extended headers with data": (
         Option.EXTENDED_HEADERS,
-        b"",
-        error_message(11, Rep.ERR_UNSUP, "Unsupported option 11 (extended headers)"),
+        b"x",
+        error_message(11, Rep.ERR_INVALID, "option 'extended headers' has unexpected length"),
+    ),
+    "contexts without structured replies": (
+        Option.SET_META_CONTEXT,
+        meta_data("exp", ["base:allocation"]),
+        error_message(
+            10,
+            Rep.ERR_INVALID,
+            "request option 'set meta context' when structured reply is not negotiated",
+        ),
+    ),
+    "contexts, more queries than counted": (
+        Option.LIST_META_CONTEXT,
+        meta_data("exp", []) + b"x",
+        error_message(9, Rep.ERR_INVALID, "option 'list meta context' has unexpected length"),
+    ),
+    "contexts, fewer queries than counted": (
+        Option.LIST_META_CONTEXT,
+        meta_data("exp", [])[:-1] + b"\1",
+        error_message(9, Rep.ERR_INVALID, "Inconsistent lengths in option list meta context"),
+    ),
+    "contexts, too many queries": (
+        Option.LIST_META_CONTEXT,
+        meta_data("exp", [""] * 16384),
+        error_message(9, Rep.ERR_TOO_BIG, "option 'list meta context' is longer than 65536"),
     ),
     "unknown with a lot of data": (
         2**32 - 1,
@@ -136,6 +155,22 @@ def test_structured_replies_are_negotiated_once() -> None:
     ack = wire.option_reply(Option.STRUCTURED_REPLY, Rep.ACK)
     again = error_message(8, Rep.ERR_INVALID, "structured reply already negotiated")
     assert sent == GREETING + ack + again
+
+
+def test_extended_headers_are_negotiated_once_and_for_all() -> None:
+    options = (Option.STRUCTURED_REPLY, Option.EXTENDED_HEADERS, Option.EXTENDED_HEADERS)
+    sent, step = converse(
+        FIXED
+        + b"".join(map(option_bytes, (*options, Option.STRUCTURED_REPLY)))
+        + option_bytes(Option.EXPORT_NAME, b"exp")
+    )
+    acks = b"".join(wire.option_reply(option, Rep.ACK) for option in options[:2])
+    again = "extended headers already negotiated"
+    refused = error_message(11, Rep.ERR_INVALID, again) + error_message(
+        8, Rep.ERR_EXT_HEADER_REQD, again
+    )
+    assert sent == GREETING + acks + refused
+    assert step == HardDisconnect("Extended headers already negotiated")
 
 
 def header(option: int, length: int) -> bytes:
@@ -277,7 +312,7 @@ def test_whatever_a_client_sends(
         assert len(server.handshake._received) < limits.NBD_OPTION_DATA_BYTES
     sent = bytes(server.sent).removeprefix(GREETING)
     if isinstance(server.step, Transmission):
-        assert server.step.export in {DISK, PLAIN}
+        assert server.step.export in (DISK, PLAIN)
         assert len(server.step.early) < piece
         sent = sent.removesuffix(server.step.reply)
     check_replies(sent)

@@ -5,15 +5,8 @@ from __future__ import annotations
 import pytest
 
 from blockd.nbd import wire
-from blockd.nbd.handshake import (
-    Handshake,
-    HardDisconnect,
-    NeedData,
-    Reply,
-    SoftDisconnect,
-    StartTls,
-    Step,
-)
+from blockd.nbd.handshake import Handshake
+from blockd.nbd.steps import HardDisconnect, NeedData, Reply, SoftDisconnect, StartTls, Step
 from blockd.nbd.wire import Option, Rep
 from tests.helpers.nbd_codec import info_bytes, option_bytes
 from tests.helpers.nbd_handshake import DISK, Directory

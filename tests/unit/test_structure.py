@@ -44,9 +44,11 @@ RANK_OF = {
     "blockd.objects": "domain",
     "blockd.nbd": "edges",
     "blockd.nbd.wire": "pure",
+    "blockd.nbd.agreement": "pure",
     "blockd.nbd.chunks": "pure",
     "blockd.nbd.handshake": "pure",
     "blockd.nbd.options": "pure",
+    "blockd.nbd.steps": "pure",
     "blockd.qmp": "edges",
     "blockd.qmp.wire": "pure",
     "blockd.qmp.arguments": "pure",
@@ -67,7 +69,7 @@ KNOWS: dict[str, set[str]] = {
     "block": {"bitmap", "objects"},
     "state": {"bitmap", "block"},
     "backup": {"bitmap", "block", "job"},
-    "nbd": {"block"},
+    "nbd": {"bitmap", "block"},
     "qmp": {"backup", "bitmap", "block", "job", "objects"},
 }
 

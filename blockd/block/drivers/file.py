@@ -74,6 +74,8 @@ class FileDriver(Driver):
         self.flushes = flushes
         self.discards = Counts()
         self._flush_error: OSError | None = None
+        #: Of punching and not, what the storage could not do to a range to make it zero.
+        self._slow_zeroes: set[bool] = set()
         # A limiter of its own: a slow disk's threads never starve another disk.
         self._threads = trio.CapacityLimiter(limits.FILE_THREADS)
         self._reads_inline = True
@@ -205,9 +207,14 @@ class FileDriver(Driver):
         punch = unmap and not self.ignores_discards
         await self._in_thread(lambda: self._zero(offset, length, punch=punch))
 
+    def zeroes_fast(self, offset: int, length: int, *, unmap: bool) -> bool:
+        """The first zeroes that had to be written tell that all have to be."""
+        return (unmap and not self.ignores_discards) not in self._slow_zeroes
+
     def _zero(self, offset: int, length: int, *, punch: bool) -> None:
         if blocking.zero_range(self._fd, offset, length, punch=punch):
             return
+        self._slow_zeroes.add(punch)
         for at in range(0, length, len(_ZEROES)):
             self._write(offset + at, _ZEROES[: length - at])
 

@@ -96,6 +96,9 @@ class Filter(Driver):
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         await self.child.write_zeroes(offset, length, unmap=unmap)
 
+    def zeroes_fast(self, offset: int, length: int, *, unmap: bool) -> bool:
+        return self.child.zeroes_fast(offset, length, unmap=unmap)
+
     async def discard(self, offset: int, length: int) -> None:
         await self.child.discard(offset, length)
 

@@ -77,6 +77,9 @@ class NullDriver(Driver):
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         await self._take_time()
 
+    def zeroes_fast(self, offset: int, length: int, *, unmap: bool) -> bool:
+        return True
+
     async def discard(self, offset: int, length: int) -> None:
         await self._take_time()
 

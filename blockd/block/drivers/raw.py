@@ -127,6 +127,11 @@ class RawDriver(Driver):
         unmap = unmap and not self.ignores_discards
         await self.child.write_zeroes(offset + self.offset_bytes, length, unmap=unmap)
 
+    def zeroes_fast(self, offset: int, length: int, *, unmap: bool) -> bool:
+        return self.child.zeroes_fast(
+            offset + self.offset_bytes, length, unmap=unmap and not self.ignores_discards
+        )
+
     async def discard(self, offset: int, length: int) -> None:
         if not self.ignores_discards:
             await self.child.discard(offset + self.offset_bytes, length)

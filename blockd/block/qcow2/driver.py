@@ -186,6 +186,10 @@ class Qcow2Driver(Driver):
                 offset, length, unmap=unmap and not self.ignores_discards
             )
 
+    def zeroes_fast(self, offset: int, length: int, *, unmap: bool) -> bool:
+        changes = self._image.changes
+        return changes is not None and changes.zeroer.is_fast(offset, length)
+
     async def discard(self, offset: int, length: int) -> None:
         if self.ignores_discards:
             return

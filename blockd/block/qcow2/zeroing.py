@@ -46,6 +46,13 @@ class Zeroer:
         if end << bits < offset + length:
             await self._write_zero_bytes(end << bits, offset + length - (end << bits), unmap=unmap)
 
+    def is_fast(self, offset: int, length: int) -> bool:
+        """Whether ``write_zeroes`` of the range only changes entries."""
+        first, end = self._whole_clusters(offset, length)
+        bits = self.writer.mapping.geometry.cluster_bits
+        whole = offset == first << bits and offset + length <= end << bits
+        return whole and not self.raw_data and self._can_flag(first, end)
+
     async def discard(self, offset: int, length: int) -> None:
         """Give up the whole clusters in the range; they read as zeroes, or are left as they are."""
         first, end = self._whole_clusters(offset, length)
