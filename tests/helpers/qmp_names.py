@@ -41,6 +41,7 @@ VALUES: list[tuple[str, str, list[Any]]] = [
         [["nope"], ["busy"], ["idle", ""], [{"node": "src", "name": "busy"}]],
     ),
     ("block-export-add", "id", ["exp", "", "1"]),
+    ("block-export-add", "bitmaps", [["nope"], ["busy"], [{"node": "src", "name": "busy"}]]),
     ("block-export-del", "id", ["nope", "", "exp"]),
     ("nbd-server-add", "name", ["exp", ""]),
     ("nbd-server-remove", "name", ["nope", "", "exp"]),

@@ -22,7 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from blockd.nbd.wire import Info, TransmissionFlag
+from blockd.nbd.wire import Info
 from tests.helpers.daemon import PATIENCE_SECONDS
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.nbd_codec import NbdError
@@ -31,8 +31,6 @@ from tests.helpers.tidy import Message, job_by_job, split_at_reply, tidy, withou
 MIB = 1024 * 1024
 DISK_BYTES = 3 * MIB
 
-#: What the peer offers NBD clients and ours does not: the commands CACHE and fast zeroing.
-PEERS_FLAGS = TransmissionFlag.SEND_CACHE | TransmissionFlag.SEND_FAST_ZERO
 
 #: The files each scenario finds: its content is random where it is None.
 FILES: dict[str, bytes | None] = {
@@ -268,11 +266,11 @@ class Told:
         with NbdClient.connect(str(stage.directory / "nbd.sock")) as client:
             listed = client.list_exports()
             try:
+                contexts = client.list_contexts(self.export)
                 info = client.info(self.export, Info.NAME, Info.DESCRIPTION, Info.BLOCK_SIZE)
             except NbdError as error:
                 return [{"list": listed, "error": str(error)}]
-        info = info._replace(flags=info.flags & ~PEERS_FLAGS)
-        return [{"list": listed, "info": info._asdict()}]
+        return [{"list": listed, "contexts": contexts, "info": info._asdict()}]
 
 
 @dataclass(frozen=True)

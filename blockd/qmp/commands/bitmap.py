@@ -80,33 +80,33 @@ def do_remove(services: Services, arguments: BlockDirtyBitmapRemove) -> Change:
 
 
 def do_clear(services: Services, arguments: BlockDirtyBitmapClear) -> Change:
-    bitmap = _bitmap(services, arguments.node, arguments.name)
+    bitmap = find_bitmap(services, arguments.node, arguments.name)
     before = bitmap.clear()
     return Change(undo=lambda: bitmap.put_back(before))
 
 
 def do_enable(services: Services, arguments: BlockDirtyBitmapEnable) -> Change:
-    bitmap = _bitmap(services, arguments.node, arguments.name)
+    bitmap = find_bitmap(services, arguments.node, arguments.name)
     undo = bitmap.enable if bitmap.recording else bitmap.disable
     bitmap.enable()
     return Change(undo)
 
 
 def do_disable(services: Services, arguments: BlockDirtyBitmapDisable) -> Change:
-    bitmap = _bitmap(services, arguments.node, arguments.name)
+    bitmap = find_bitmap(services, arguments.node, arguments.name)
     undo = bitmap.enable if bitmap.recording else bitmap.disable
     bitmap.disable()
     return Change(undo)
 
 
 def do_merge(services: Services, arguments: BlockDirtyBitmapMerge) -> Change:
-    target = _bitmap(services, arguments.node, arguments.target)
+    target = find_bitmap(services, arguments.node, arguments.target)
     sources: list[Bits] = []
     for source in arguments.bitmaps:
         if isinstance(source, str):
-            bitmap = _bitmap(services, arguments.node, source)
+            bitmap = find_bitmap(services, arguments.node, source)
         else:
-            bitmap = _bitmap(services, source.node, source.name)
+            bitmap = find_bitmap(services, source.node, source.name)
         sources.append(bitmap.usable_bits())
     before = target.merge_from(sources)
     return Change(undo=lambda: target.put_back(before))
@@ -115,7 +115,7 @@ def do_merge(services: Services, arguments: BlockDirtyBitmapMerge) -> Change:
 async def sha256(services: Services, arguments: XDebugBlockDirtyBitmapSha256) -> dict[str, str]:
     # One thread at a time: each takes the interpreter from guests for some milliseconds at a go.
     async with services.digests:
-        bits = _bitmap(services, arguments.node, arguments.name).copy_bits()
+        bits = find_bitmap(services, arguments.node, arguments.name).copy_bits()
         digest = await trio.to_thread.run_sync(bits.digest, abandon_on_cancel=True)
     return {"sha256": digest}
 
@@ -134,5 +134,6 @@ def _node(services: Services, name: str) -> Node:
     return node
 
 
-def _bitmap(services: Services, node: str, name: str) -> DirtyBitmap:
+def find_bitmap(services: Services, node: str, name: str) -> DirtyBitmap:
+    """The bitmap ``name`` of the node called ``node``. Raises ``BlockdError``."""
     return _node(services, node).bitmaps.get(name)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 import ssl
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import trio
 
 from blockd import limits, listener, nbd
+from blockd.backup import FilterDriver
+from blockd.bitmap import DirtyBitmap
+from blockd.block import Filter, Node
 from blockd.errors import BlockdError
 from blockd.objects import Endpoint, authorize, find_tls
+from blockd.qmp.commands.bitmap import find_bitmap
 from blockd.qmp.services import Services
+from blockd.qmp.types.bitmap import BitmapOfNode, BitmapSource
 from blockd.qmp.types.export import (
     BlockExportDel,
     InetAddress,
@@ -91,6 +97,7 @@ async def block_export_add(services: Services, arguments: NbdExport) -> None:
         if len(text.encode()) > limits.NBD_STRING_BYTES:
             raise BlockdError(f"{what} '{text}' too long")
     services.nbd.check_name(name)
+    bitmaps = [_bitmap(services, arguments, source) for source in arguments.bitmaps or ()]
     services.nbd.add(
         nbd.Export(
             arguments.id,
@@ -100,8 +107,42 @@ async def block_export_add(services: Services, arguments: NbdExport) -> None:
             writable=arguments.writable,
             writethrough=arguments.writethrough,
             graph=services.graph,
+            bitmaps=bitmaps,
+            allocation_depth=arguments.allocation_depth,
         )
     )
+
+
+def _bitmap(services: Services, export: NbdExport, source: BitmapSource) -> DirtyBitmap:
+    """A bitmap that is to be exported, and may be."""
+    if isinstance(source, BitmapOfNode):
+        bitmap = find_bitmap(services, source.node, source.name)
+    else:
+        bitmap = _bitmap_below(services.graph.get(export.node_name), source, export.writable)
+    bitmap.check_usable(to_change=False)
+    return bitmap
+
+
+def _bitmap_below(node: Node, name: str, writable: bool) -> DirtyBitmap:  # noqa: FBT001
+    """Of the nearest layer that has one of that name."""
+    for layer in _layers(node):
+        for bitmap in layer.bitmaps.list():
+            if bitmap.name != name:
+                continue
+            if not writable and not layer.read_only and bitmap.recording:
+                # Nobody could tell to which of two reads a change belongs.
+                raise BlockdError(f"Enabled bitmap '{name}' incompatible with readonly export")
+            return bitmap
+    raise BlockdError(f"Bitmap '{name}' is not found")
+
+
+def _layers(node: Node) -> Iterator[Node]:
+    """``node``, and what shows through it: what a filter stands on, and backing files."""
+    layer: Node | None = node
+    while layer is not None:
+        yield layer
+        driver = layer.driver
+        layer = driver.child if isinstance(driver, Filter | FilterDriver) else layer.backing
 
 
 async def nbd_server_add(services: Services, arguments: NbdServerAdd) -> None:
@@ -116,6 +157,7 @@ async def nbd_server_add(services: Services, arguments: NbdServerAdd) -> None:
             description=arguments.description,
             # QEMU downgrades here what it refuses in the newer form.
             writable=arguments.writable and not node.read_only,
+            bitmaps=[] if arguments.bitmap is None else [arguments.bitmap],
         ),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from blockd.qmp.types.base import Command, Object, Query, UInt32
+from blockd.qmp.types.bitmap import BitmapSource
 
 
 class InetData(Object, kw_only=True):
@@ -76,10 +77,18 @@ class ExportOptions(Object, kw_only=True):
 
 
 class NbdExport(ExportOptions, tag_field="type", tag="nbd", kw_only=True):
-    """An NBD export. ``name``: what clients ask for, by default the node's name."""
+    """An NBD export. ``name``: what clients ask for, by default the node's name.
+
+    ``bitmaps``: clients may ask what is dirty in them, by the meta contexts
+    ``qemu:dirty-bitmap:NAME``; those without a node are looked for on the exported one, then on
+    those below it. They are in use until the export is deleted. ``allocation-depth``: clients
+    may ask which image of a chain holds something, by ``qemu:allocation-depth``.
+    """
 
     name: str | None = None
     description: str = ""
+    bitmaps: list[BitmapSource] | None = None
+    allocation_depth: bool = False
 
 
 class BlockExportDel(Command, kw_only=True):
@@ -95,7 +104,7 @@ class NbdServerAdd(Command, kw_only=True):
     """The older form of ``block-export-add``, for the node ``device``.
 
     ``name`` is the export's name and its id, by default the node's name. ``writable``: as far as
-    the node is.
+    the node is. ``bitmap``: one that clients may ask for.
     """
 
     command: ClassVar[str] = "nbd-server-add"
@@ -104,6 +113,7 @@ class NbdServerAdd(Command, kw_only=True):
     description: str = ""
     device: str
     writable: bool = False
+    bitmap: str | None = None
 
 
 class NbdServerRemove(Command, kw_only=True):

@@ -32,6 +32,21 @@ REMOVE = "nbd-server-remove"
 STOP = do("nbd-server-stop")
 EXPORTS = do("query-block-exports")
 LONG = "x" * 4097
+BUSY = [f"block-dirty-bitmap-{verb}" for verb in ("remove", "clear", "enable", "disable")]
+BAD_BITMAPS: list[object] = [
+    "b",
+    1,
+    ["nope"],
+    [""],
+    ["b", "nope"],
+    [1],
+    [{"node": "n"}],
+    [{"name": "b"}],
+    [{"node": "n", "name": "b", "x": 1}],
+    [{"node": "n", "name": "nope"}],
+    [{"node": "nope", "name": "b"}],
+    [{"node": "m", "name": "b"}],
+]
 
 
 def unix(path: str) -> dict[str, object]:
@@ -190,6 +205,55 @@ SCENARIOS = [
     Scenario(
         "export-told-when-one-client-at-most",
         [node("n"), server(max_connections=1), export("e"), Told("n")],
+    ),
+    Scenario(
+        "export-bitmaps",
+        [
+            node("n"),
+            *[bitmap(name) for name in ("b", "c")],
+            bitmap("off", disabled=True),
+            server(),
+            export("e", writable=True, bitmaps=["c", "b", {"node": "n", "name": "off"}]),
+            Told("n"),
+            Bitmaps("n"),
+            *[do(command, node="n", name="b") for command in BUSY],
+            export("f", name="f", writable=True, bitmaps=["b"]),
+            export("f", name="f", bitmaps=[{"node": "n", "name": "b"}]),
+            Write("n", 1, 3),
+            Bitmaps("n"),
+            Leave("n"),
+            unexport("e"),
+            Bitmaps("n"),
+            export("f", name="f", bitmaps=["off"], allocation_depth=True),
+            export("g", name="g", bitmaps=[{"node": "n", "name": "b"}]),
+            do(ADD, device="n", name="h", bitmap="c", writable=True),
+            *[Told(name) for name in ("f", "g", "h")],
+            STOP,
+            Bitmaps("n"),
+        ],
+    ),
+    Scenario(
+        "export-bitmaps-refusals",
+        [
+            node("n"),
+            node("m", read_only=True),
+            bitmap("b"),
+            bitmap("c"),
+            bitmap("r", "m"),
+            export("e", bitmaps=["nope"]),
+            server(),
+            export("e", "m", bitmaps=["r"]),
+            *[export("f", name="f", writable=True, bitmaps=bad) for bad in BAD_BITMAPS],
+            export("f", name="f", bitmaps=["b"]),
+            export("f", name="f", bitmaps=["r"]),
+            export("f", name="m", bitmaps=["nope"]),
+            export("f", name="f", writable=True, bitmaps=["b"]),
+            export("g", name="g", writable=True, bitmaps=["b", "nope"]),
+            export("g", name="g", writable=True, bitmaps=["c", "b"]),
+            export("g", name="g", allocation_depth="x"),
+            *[do(ADD, device="n", name="h", bitmap=bad) for bad in (1, "nope", "c", "b")],
+            Bitmaps("n"),
+        ],
     ),
     Scenario(
         "export-arguments",
