@@ -125,13 +125,23 @@ class Reader:
         """Whether the mapping alone says so: nothing is read for it but tables."""
         while length > 0:
             run = await self.mapping.find(offset, length)
-            if run.kind in {Kind.DATA, Kind.COMPRESSED}:
-                return False
-            if run.kind is Kind.UNALLOCATED and self.inside_backing(offset, run.length):
+            if not self._is_zero(run, offset):
                 return False
             offset += run.length
             length -= run.length
         return True
+
+    def reads_as_zeroes_nowait(self, offset: int, length: int) -> bool:
+        """Whether one lookup in the tables in memory says so."""
+        run = self.mapping.find_nowait(offset, length) if length > 0 else None
+        return length <= 0 or (
+            run is not None and run.length == length and self._is_zero(run, offset)
+        )
+
+    def _is_zero(self, run: Run, offset: int) -> bool:
+        if run.kind is Kind.UNALLOCATED:
+            return not self.inside_backing(offset, run.length)
+        return run.kind is Kind.ZERO
 
 
 def _beyond_end(what: str, offset: int) -> CorruptImageError:

@@ -140,6 +140,24 @@ class Refcounts:
         """Take up to ``count`` free clusters that follow each other. Raises ``OSError``."""
         return await self._change(lambda: self._allocate(count))
 
+    def allocate_nowait(self, count: int) -> Clusters | None:
+        """Take ``count`` free clusters that follow each other, where that is done at once."""
+        try:
+            clusters = self._allocate(count)
+        except _MissingBlock:
+            return None
+        if clusters.count < count:
+            self.take_back(clusters)
+            return None
+        return clusters
+
+    def take_back(self, clusters: Clusters) -> None:
+        """Undo what was just allocated, and not written to."""
+        self._set(clusters.first, self._codec.zeroes(clusters.count))
+        self._cursor = clusters.first
+        if clusters.virgin:
+            self._virgin_from = clusters.first
+
     async def allocate_all(self, count: int) -> Clusters:
         """Take exactly ``count`` clusters that follow each other, behind all that is used."""
         return await self._change(lambda: self._allocate_tail(count))

@@ -82,6 +82,9 @@ def _gather(counts: bytes, bits: int) -> bytes:
 
 def find_zero(counts: array[int], start: int) -> int:
     """The first index from ``start`` on with a count of 0, or -1."""
+    if start < len(counts) and not counts[start]:
+        # Mostly, and the rest copies all of them.
+        return start
     size = counts.itemsize
     data = counts.tobytes()
     at = data.find(bytes(size), start * size)

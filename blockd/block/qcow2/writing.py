@@ -58,7 +58,7 @@ class Writer:
     busy: Busy = field(default_factory=Busy)
 
     def write_nowait(self, offset: int, view: memoryview) -> None:
-        """Write ``view`` in place at once, or raise ``WouldBlock``."""
+        """Write ``view`` at once, or raise ``WouldBlock``."""
         host = self._find_cluster(offset, len(view))
         if host is not None:
             self.data_file.node.write_nowait(host, view)
@@ -68,6 +68,9 @@ class Writer:
         if table is None:
             raise WouldBlock
         host, length = find_in_place(table.words, geometry, offset, len(view))
+        if not length:
+            self._write_new_nowait(table, offset, view)
+            return
         if length < len(view) or not self._is_data(host, length):
             raise WouldBlock
         self.data_file.node.write_nowait(host, view)
@@ -78,6 +81,56 @@ class Writer:
             return None
         host = mapping.find_cluster(offset, length, COPIED)
         return host if host is not None and self._is_data(host, length) else None
+
+    def _write_new_nowait(self, table: Table, offset: int, view: memoryview) -> None:
+        """Write ``view`` to new clusters, where around it are zeroes, or nothing is left."""
+        geometry = self.mapping.geometry
+        first, end = offset >> geometry.cluster_bits, offset + len(view)
+        span = self.find_span(table, first, offset, len(view))
+        filled = self._bounds(span, offset, end)
+        if (
+            self.external
+            or span.host is not None
+            or (first + span.count) << geometry.cluster_bits < end
+            or self.busy.clip(first, first + span.count) < span.count
+            or self.metadata.over_limit
+        ):
+            raise WouldBlock
+        clusters = self.refcounts.allocate_nowait(span.count)
+        if clusters is None:
+            raise WouldBlock
+        place = Place(
+            clusters.first << geometry.cluster_bits, span.count, virgin=clusters.virgin, new=True
+        )
+        try:
+            self._write_filled_nowait(place, filled, offset, view)
+        except WouldBlock:
+            self.refcounts.take_back(clusters)
+            raise
+        except OSError:
+            self.refcounts.free(clusters.first, clusters.count)
+            raise
+        self.link(table, place, first, filled)
+
+    def _write_filled_nowait(
+        self, place: Place, filled: Extent, offset: int, view: memoryview
+    ) -> None:
+        end = offset + len(view)
+        host = place.host + (offset & (self.mapping.geometry.cluster_bytes - 1))
+        if host + len(view) > self.data_file.node.size_bytes or not (
+            filled.length == len(view)
+            or (
+                place.virgin
+                and self._was_zero_nowait(filled.offset, offset)
+                and self._was_zero_nowait(end, filled.end)
+            )
+        ):
+            raise WouldBlock
+        self.data_file.node.write_nowait(host, view)
+
+    def _was_zero_nowait(self, start: int, end: int) -> bool:
+        end = min(end, self.metadata.size_bytes)
+        return self.reader.reads_as_zeroes_nowait(start, end - start)
 
     async def write(self, offset: int, view: memoryview) -> None:
         """Write ``view``. Raises ``OSError``."""
