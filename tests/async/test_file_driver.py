@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import resource
 import time
@@ -99,17 +98,22 @@ async def test_a_discard_gives_space_back(driver: FileDriver, path: Path) -> Non
 
 
 class Clock:
-    """Time that passes only in system calls, or when told to."""
+    """Time that passes only in system calls, or when told to. ``waited``: they wait meanwhile."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_ns = 5_000_000_000
         self.write_ns = 1000
+        self.waited = True
+        self._waits = 7
         self._pwrite = os.pwrite
+        usage = namedtuple("usage", "ru_nvcsw")
+        monkeypatch.setattr(resource, "getrusage", lambda _: usage(self._waits))
         monkeypatch.setattr(time, "monotonic_ns", lambda: self.now_ns)
         monkeypatch.setattr(os, "pwrite", self.pwrite)
 
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
         self.now_ns += self.write_ns
+        self._waits += self.waited
         return self._pwrite(fd, data, offset)
 
 
@@ -174,14 +178,22 @@ async def test_the_pause_doubles_while_writes_stay_slow_and_no_longer(
 
 @pytest.mark.parametrize("waited", [False, True])
 async def test_a_large_write_that_only_lost_the_processor_changes_nothing(
-    driver: FileDriver, clock: Clock, monkeypatch: pytest.MonkeyPatch, *, waited: bool
+    driver: FileDriver, clock: Clock, *, waited: bool
 ) -> None:
-    waits = itertools.count() if waited else itertools.repeat(7)
-    usage = namedtuple("usage", "ru_nvcsw")
-    monkeypatch.setattr(resource, "getrusage", lambda _: usage(next(waits)))
+    clock.waited = waited
     clock.write_ns = limits.INLINE_WRITE_SLOW_NS + 1
     driver.write_nowait(0, memoryview(bytes(limits.INLINE_WRITE_LARGE_BYTES)))
     assert is_inline(driver) == (not waited)
+
+
+async def test_after_a_slow_write_small_ones_too_may_lose_the_processor(
+    driver: FileDriver, clock: Clock
+) -> None:
+    clock.waited = False
+    clock.write_ns = limits.INLINE_WRITE_SLOW_NS + 1
+    assert is_inline(driver)
+    assert pause_ns(driver, clock) == limits.INLINE_WRITE_PAUSE_MIN_NS
+    assert all(is_inline(driver) for _ in range(100))
 
 
 async def test_an_inline_write_that_the_kernel_takes_in_part_is_completed(

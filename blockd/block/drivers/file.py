@@ -135,14 +135,15 @@ class FileDriver(Driver):
         When one took long (dirty throttling, a cold partial page), this file's writes go to a
         thread for a while, so that the loop meets a slow disk now and then and not at every
         write: longer each time, as the write may only have lost the processor for once. With a
-        large one that can be told: the thread then did not give the processor up by itself.
+        large one, and with all after a slow one, that can be told: the thread then did not give
+        the processor up by itself.
         """
         if not self._writes_inline:
             raise WouldBlock
-        if self._writes_inline_from_ns and time.monotonic_ns() < self._writes_inline_from_ns:
+        paused = self._writes_inline_from_ns
+        if paused and time.monotonic_ns() < paused:
             raise WouldBlock
-        large = len(view) >= limits.INLINE_WRITE_LARGE_BYTES
-        waits = _waits() if large else None
+        waits = _waits() if paused or len(view) >= limits.INLINE_WRITE_LARGE_BYTES else None
         started_ns = time.monotonic_ns()
         done = os.pwrite(self._fd, view, offset)
         ended_ns = time.monotonic_ns()
