@@ -188,6 +188,11 @@ AUTHZ_FILE_BYTES = 1 * MIB
 
 # --- sockets ---------------------------------------------------------------------------------
 
+#: A TCP connection on which nothing has come for so long is asked whether somebody is there, every
+#: so often, and given up when so many questions have no answer: after two minutes in all.
+KEEP_ALIVE_IDLE_SECONDS = 60
+KEEP_ALIVE_INTERVAL_SECONDS = 15
+KEEP_ALIVE_QUESTIONS = 4
 #: Clients that may wait to be accepted.
 LISTEN_BACKLOG = 128
 #: How long to wait with the next client when accepting one failed for want of descriptors.

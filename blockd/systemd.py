@@ -1,4 +1,7 @@
-"""Tells the service manager how the daemon is: sd_notify(3) and sd_watchdog_enabled(3)."""
+"""Tells the service manager how the daemon is: sd_notify(3) and sd_watchdog_enabled(3).
+
+And takes sockets from it: sd_listen_fds(3).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,27 @@ from collections.abc import Mapping
 
 import trio
 
+from blockd.errors import BlockdError
+
 _log = logging.getLogger(__name__)
+
+_FIRST_PASSED_FD = 3
+
+
+def passed_socket(name: str, environ: Mapping[str, str] = os.environ) -> int:
+    """The descriptor of a socket that the service manager has opened for the daemon.
+
+    ``name``: its name in the unit (``FileDescriptorName=``), or the descriptor's number. No other
+    descriptor can be had: the daemon needs them itself. Raises ``BlockdError``.
+    """
+    ours = environ.get("LISTEN_PID") == str(os.getpid())
+    count = int(environ.get("LISTEN_FDS", 0)) if ours else 0
+    names = environ.get("LISTEN_FDNAMES", "").split(":")
+    for number in range(count):
+        fd = _FIRST_PASSED_FD + number
+        if name in (str(fd), *names[number : number + 1]):
+            return fd
+    raise BlockdError(f"The service manager has passed no socket '{name}'")
 
 
 class ServiceManager:

@@ -214,7 +214,7 @@ class NbdServer:
             if client.family == socket.AF_UNIX:
                 # With TCP the kernel finds out by itself what is best.
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, limits.NBD_SOCKET_SEND_BYTES)
-            else:
+            elif client.family != socket.AF_VSOCK:
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._activity.serving():
                 await self._converse(running.settings, channel)

@@ -16,7 +16,7 @@ from msgspec import inspect
 from blockd.errors import BlockdError
 
 #: Of the unsigned ones with fewer bits than 64.
-_UNSIGNED_END = {"uint32_t": 1 << 32}
+_UNSIGNED_END = {"uint16_t": 1 << 16, "uint32_t": 1 << 32}
 
 
 def parse(declaration: Any, value: dict[str, Any]) -> Any:

@@ -22,10 +22,15 @@ class Daemon:
     """
 
     def __init__(
-        self, directory: Path, program: Sequence[str] = (sys.executable, "-m", "blockd")
+        self,
+        directory: Path,
+        program: Sequence[str] = (sys.executable, "-m", "blockd"),
+        *,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         self.directory = directory
         self.program = program
+        self._pass_fds = pass_fds
         self.qmp_path = directory / "qmp.sock"
         self.log_path = directory / "blockd.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -56,6 +61,7 @@ class Daemon:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
+                    pass_fds=self._pass_fds,
                 )
             self._await_ready(notify)
 

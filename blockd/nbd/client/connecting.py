@@ -14,7 +14,14 @@ import trio
 
 from blockd import limits
 from blockd.errors import BlockdError
-from blockd.listener import InetAddress, SocketAddress, UnixAddress
+from blockd.listener import (
+    InetAddress,
+    RemoteAddress,
+    SocketAddress,
+    UnixAddress,
+    VsockAddress,
+    keep_alive,
+)
 from blockd.nbd.client.connection import Connection
 from blockd.nbd.client.handshake import negotiate
 from blockd.nbd.client.stream import Stream
@@ -26,7 +33,7 @@ from blockd.nbd.wire import ProtocolError
 class Target:
     """An export of a server."""
 
-    address: UnixAddress | InetAddress
+    address: RemoteAddress
     export: str = ""
     #: TLS credentials, also by the id that they have.
     tls: ssl.SSLContext | None = None
@@ -44,18 +51,13 @@ class Target:
     @property
     def options(self) -> dict[str, Any]:
         """As ``blockdev-add`` takes them."""
-        address = self.address
-        server: dict[str, Any]
-        if isinstance(address, UnixAddress):
-            server = {"type": "unix", "path": address.path}
-        else:
-            server = {"type": "inet", "host": address.host, "port": address.port}
         others = {
             "export": self.export or None,
             "tls-creds": self.tls_creds,
             "tls-hostname": self.tls_hostname,
         }
-        return {"server": server} | {name: each for name, each in others.items() if each}
+        given = {"server": self.address.options}
+        return given | {name: each for name, each in others.items() if each}
 
     @property
     def uri(self) -> str:
@@ -64,6 +66,8 @@ class Target:
         if isinstance(self.address, UnixAddress):
             path = f"/{name}" if name else ""
             return f"nbd+unix://{path}?socket={self.address.path}"
+        if isinstance(self.address, VsockAddress):
+            return f"nbd+vsock://{self.address}" + (f"/{name}" if name else "")
         host = f"[{self.address.host}]" if ":" in self.address.host else self.address.host
         return f"nbd://{host}:{self.address.port}" + (f"/{name}" if name else "")
 
@@ -88,46 +92,45 @@ async def connect(target: Target) -> Connection:
         raise BlockdError(f"Failed to read data: {tls_reason(error)}") from error
 
 
-async def _connect_socket(address: UnixAddress | InetAddress) -> socket.socket:
+async def _connect_socket(address: RemoteAddress) -> socket.socket:
     """To the first of the server's addresses that answers. Raises ``BlockdError``."""
     failure = None
-    for family, sockaddr in await _resolve(address):
+    for where in await _resolve(address):
         try:
-            return await _connect_at(family, sockaddr)
+            sock = await _connect_at(where)
         except OSError as error:
             failure = error
+        else:
+            if isinstance(address, InetAddress):
+                # Small requests are not kept back.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if address.keep_alive:
+                    keep_alive(sock)
+            return sock
     assert failure is not None
     # trio puts words of its own before the system's.
     reason = os.strerror(failure.errno) if failure.errno else str(failure)
     raise BlockdError(f"Failed to connect to '{address}': {reason}") from failure
 
 
-async def _connect_at(
-    family: socket.AddressFamily, sockaddr: str | tuple[Any, ...]
-) -> socket.socket:
-    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+async def _connect_at(where: SocketAddress) -> socket.socket:
+    family, protocol, sockaddr = where
+    sock = trio.socket.socket(family, socket.SOCK_STREAM, protocol)
     try:
         await sock.connect(sockaddr)
     except BaseException:
         sock.close()
         raise
-    return _plain(sock)
-
-
-def _plain(sock: trio.socket.SocketType) -> socket.socket:
-    """The same connection, non-blocking; small requests are not kept back."""
     plain = socket.socket(fileno=sock.detach())
     plain.setblocking(False)
-    if plain.family != socket.AF_UNIX:
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     return plain
 
 
-async def _resolve(address: UnixAddress | InetAddress) -> list[SocketAddress]:
-    if isinstance(address, UnixAddress):
-        address.check_length()
-        return [(socket.AF_UNIX, address.path)]
+async def _resolve(address: RemoteAddress) -> list[SocketAddress]:
+    if not isinstance(address, InetAddress):
+        return [address.at()]
     with address.resolving():
-        found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        found = await trio.socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=address.hints
+        )
     return address.wanted(found)

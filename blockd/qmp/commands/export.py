@@ -16,11 +16,13 @@ from blockd.bitmap import DirtyBitmap
 from blockd.block import Filter, Node
 from blockd.errors import BlockdError
 from blockd.objects import Endpoint, authorize, find_tls
+from blockd.qmp.addresses import address_of
 from blockd.qmp.commands.bitmap import find_bitmap
 from blockd.qmp.services import Services
 from blockd.qmp.types.bitmap import BitmapOfNode, BitmapSource
 from blockd.qmp.types.export import (
     BlockExportDel,
+    FdAddress,
     InetAddress,
     NbdExport,
     NbdServerAdd,
@@ -29,7 +31,9 @@ from blockd.qmp.types.export import (
     NbdServerStop,
     QueryBlockExports,
     UnixAddress,
+    VsockAddress,
 )
+from blockd.systemd import passed_socket
 
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
@@ -70,11 +74,12 @@ def _tls(services: Services, arguments: NbdServerStart) -> nbd.Tls | None:
 _UNCHECKED = "'tls-authz' needs 'tls-creds' that verify the client's certificate"
 
 
-def _address(declared: InetAddress | UnixAddress) -> listener.UnixAddress | listener.InetAddress:
-    if isinstance(declared, UnixAddress):
-        return listener.UnixAddress(declared.data.path)
-    data = declared.data
-    return listener.InetAddress(data.host, data.port, data.ipv4, data.ipv6)
+def _address(
+    declared: InetAddress | UnixAddress | VsockAddress | FdAddress,
+) -> listener.Address:
+    if isinstance(declared, FdAddress):
+        return listener.PassedAddress(passed_socket(declared.data.name))
+    return address_of(declared.data)
 
 
 async def nbd_server_stop(services: Services, _arguments: NbdServerStop) -> None:

@@ -39,6 +39,7 @@ class Query(Command, kw_only=True):
 
 #: Integers as wide as QEMU's; ``c_type`` says how wide, and how it names an unsigned one.
 Int64 = Annotated[int, Meta(extra={"c_type": "int64"})]
+UInt16 = Annotated[int, Meta(extra={"c_type": "uint16_t"})]
 UInt32 = Annotated[int, Meta(extra={"c_type": "uint32_t"})]
 UInt64 = Annotated[int, Meta(extra={"c_type": "uint64"})]
 #: A number of bytes. QEMU calls it unsigned, but takes negative ones and refuses them later.

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, UnsetType, field
 
+from blockd.qmp.types.address import InetData, UnixData, VsockData
 from blockd.qmp.types.base import Int64, Object, UInt32, UInt64
 from blockd.qmp.types.bitmap import BitmapOfNode
 
@@ -244,19 +245,16 @@ class ServerAddress(Object, kw_only=True):
     """Where a server is."""
 
 
-class InetServerAddress(ServerAddress, tag_field="type", tag="inet", kw_only=True):
+class InetServerAddress(InetData, ServerAddress, tag_field="type", tag="inet", kw_only=True):
     """A TCP port by number or name."""
 
-    host: str
-    port: str
-    ipv4: bool | None = None
-    ipv6: bool | None = None
+
+class UnixServerAddress(UnixData, ServerAddress, tag_field="type", tag="unix", kw_only=True):
+    """A Unix socket."""
 
 
-class UnixServerAddress(ServerAddress, tag_field="type", tag="unix", kw_only=True):
-    """A socket in the file system."""
-
-    path: str
+class VsockServerAddress(VsockData, ServerAddress, tag_field="type", tag="vsock", kw_only=True):
+    """A port between a virtual machine and its host."""
 
 
 class NbdOptions(NodeOptions, tag_field="driver", tag="nbd", kw_only=True):
@@ -268,7 +266,7 @@ class NbdOptions(NodeOptions, tag_field="driver", tag="nbd", kw_only=True):
     encrypted. ``tls-hostname``: the name in the server's certificate, by default its host.
     """
 
-    server: InetServerAddress | UnixServerAddress
+    server: InetServerAddress | UnixServerAddress | VsockServerAddress
     export: str = ""
     tls_creds: str | None = None
     tls_hostname: str | None = None

@@ -4,23 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+from blockd.qmp.types.address import FdData, InetData, UnixData, VsockData
 from blockd.qmp.types.base import Command, Object, Query, UInt32
 from blockd.qmp.types.bitmap import BitmapSource
-
-
-class InetData(Object, kw_only=True):
-    """A TCP port by number or name; by default on IPv4 and IPv6, whatever ``host`` has."""
-
-    host: str
-    port: str
-    ipv4: bool | None = None
-    ipv6: bool | None = None
-
-
-class UnixData(Object, kw_only=True):
-    """A socket in the file system."""
-
-    path: str
 
 
 class SocketAddress(Object, kw_only=True):
@@ -39,6 +25,18 @@ class UnixAddress(SocketAddress, tag_field="type", tag="unix", kw_only=True):
     data: UnixData
 
 
+class VsockAddress(SocketAddress, tag_field="type", tag="vsock", kw_only=True):
+    """An address between a virtual machine and its host."""
+
+    data: VsockData
+
+
+class FdAddress(SocketAddress, tag_field="type", tag="fd", kw_only=True):
+    """A socket that the service manager has opened."""
+
+    data: FdData
+
+
 class NbdServerStart(Command, kw_only=True):
     """Take NBD clients at an address.
 
@@ -54,7 +52,7 @@ class NbdServerStart(Command, kw_only=True):
     tls_creds: str | None = None
     tls_authz: str | None = None
     max_connections: UInt32 = 100
-    addr: InetAddress | UnixAddress
+    addr: InetAddress | UnixAddress | VsockAddress | FdAddress
 
 
 class NbdServerStop(Command, kw_only=True):

@@ -92,6 +92,10 @@ SCENARIOS = [
             add("nbd", "n", server={"type": "inet", "host": "no.invalid", "port": "1"}),
             add("nbd", "n", server={"type": "inet", "host": "no..label", "port": "1"}),
             add("nbd", "n", server={"type": "unix", "path": "/" + "s" * 200}),
+            add("nbd", "n", server={"type": "unix", "path": "none at all", "abstract": True}),
+            add("nbd", "n", server={"type": "vsock", "cid": "x", "port": "1"}),
+            add("nbd", "n", server={"type": "vsock", "cid": "1", "port": "x"}),
+            add("nbd", "n", server={"type": "vsock", "cid": "2", "port": "1023"}),
             Differs(
                 add("nbd", "n", server={"type": "inet", "host": "127.0.0.1", "port": "66666"}),
                 "the C library connects to what is left of the port in 16 bits",

@@ -53,8 +53,13 @@ def unix(path: str) -> dict[str, object]:
     return {"type": "unix", "data": {"path": path}}
 
 
-def inet(host: str, port: object) -> dict[str, object]:
-    return {"type": "inet", "data": {"host": host, "port": port}}
+def inet(host: str, port: object, **options: object) -> dict[str, object]:
+    told = {name.replace("_", "-"): value for name, value in options.items()}
+    return {"type": "inet", "data": {"host": host, "port": port, **told}}
+
+
+def vsock(cid: str, port: str) -> dict[str, object]:
+    return {"type": "vsock", "data": {"cid": cid, "port": port}}
 
 
 SCENARIOS = [
@@ -67,7 +72,41 @@ SCENARIOS = [
             server(unix("DIR/" + "a" * 200)),
             server(inet("127.0.0.1", "wat")),
             server(inet("1.2.3.4", "10809")),
+            server(inet("127.0.0.1", "0", ipv4=False, ipv6=False)),
+            server(inet("localhost", "0", numeric=True)),
+            server(vsock("x", "1")),
+            server(vsock("1", "x")),
+            server(vsock("77", "1")),
+            server({"type": "unix", "data": {"path": "x" * 108, "abstract": True}}),
+            Differs(
+                server({"type": "fd", "data": {"str": "3"}}),
+                why="the peer has none, ours has those of systemd",
+                ours=[
+                    {
+                        "error": {
+                            "class": "GenericError",
+                            "desc": "The service manager has passed no socket '3'",
+                        }
+                    }
+                ],
+            ),
             Content("none"),
+        ],
+    ),
+    Scenario(
+        "server-addresses",
+        [
+            server(inet("127.0.0.1", "0", numeric=True, keep_alive=True, to=0)),
+            STOP,
+            server(inet("127.0.0.1", "0", keep_alive=False)),
+            STOP,
+            server({"type": "unix", "data": {"path": "DIR/x", "abstract": True}}),
+            STOP,
+            server({"type": "unix", "data": {"path": "DIR/x", "abstract": True, "tight": False}}),
+            STOP,
+            server({"type": "unix", "data": {"path": "DIR/x", "tight": False}}),
+            STOP,
+            Content("x"),
         ],
     ),
     Scenario(
@@ -81,6 +120,10 @@ SCENARIOS = [
             server({"type": "unix", "data": {"path": "x", "wat": 1}}),
             server({"type": "inet", "data": {"host": "x"}}),
             server(inet("127.0.0.1", 10809)),
+            *[server(inet("127.0.0.1", "0", to=bad)) for bad in (-1, 1 << 16, "1")],
+            server({"type": "vsock", "data": {"cid": 1, "port": "1"}}),
+            server({"type": "fd", "data": {}}),
+            server({"type": "fd", "data": {"str": 3}}),
             *[server(max_connections=bad) for bad in (-1, 1 << 32, "1", 1.5)],
             do("nbd-server-stop", x=1),
         ],

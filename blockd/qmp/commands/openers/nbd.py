@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from blockd.block import Driver
-from blockd.listener import InetAddress, UnixAddress
 from blockd.nbd.client import NbdDriver, Target
 from blockd.objects import Endpoint, find_tls
+from blockd.qmp.addresses import address_of
 from blockd.qmp.opening import Opening
-from blockd.qmp.types.blockdev import NbdOptions, UnixServerAddress
+from blockd.qmp.types.blockdev import NbdOptions
 
 
 async def open_nbd(opening: Opening, options: NbdOptions) -> Driver:
     tasks = opening.graph.tasks
     assert tasks is not None, "the daemon gives its graph a nursery"
-    server = options.server
-    address = (
-        UnixAddress(server.path)
-        if isinstance(server, UnixServerAddress)
-        else InetAddress(server.host, server.port, server.ipv4, server.ipv6)
-    )
     creds, hostname = options.tls_creds, options.tls_hostname
     objects = opening.graph.objects
     tls = None if creds is None else find_tls(objects, creds, Endpoint.CLIENT)
     return await NbdDriver.open(
-        Target(address, options.export, tls, creds, hostname),
+        Target(address_of(options.server), options.export, tls, creds, hostname),
         tasks,
         read_only=opening.common.read_only,
         auto_read_only=opening.common.auto_read_only,
