@@ -12,15 +12,16 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from blockd.nbd import wire
-from blockd.nbd.chunks import error_reply
+from blockd.nbd.chunks import Runs, error_reply, status
 from blockd.nbd.client.connection import Connection
 from blockd.nbd.client.handshake import Export
 from blockd.nbd.client.stream import Stream
-from blockd.nbd.wire import Cmd, Errno, ReplyType, TransmissionFlag
+from blockd.nbd.wire import Cmd, Errno, Headers, ReplyType, TransmissionFlag
 
 SIZE = 1024 * 1024
-EXPORT = Export(SIZE, TransmissionFlag.HAS_FLAGS, structured=True, allocation_id=7)
+EXPORT = Export(SIZE, TransmissionFlag.HAS_FLAGS, Headers.STRUCTURED, context_id=7)
 DATA = bytes(range(256)) * 16
+RUNS = Runs([65536, 65536], [0, 3])
 
 
 class Server:
@@ -116,7 +117,7 @@ async def test_an_error_is_the_requests_own(*, simple: bool) -> None:
 
         nursery.start_soon(read)
         request = await server.request()
-        headers = wire.Headers.SIMPLE if simple else wire.Headers.STRUCTURED
+        headers = Headers.SIMPLE if simple else Headers.STRUCTURED
         reply = error_reply(request, errno.ENOSPC, "full", headers)
         await server.send(reply)
         await wait_all_tasks_blocked()
@@ -142,6 +143,8 @@ def wrong_replies(request: wire.Request) -> dict[str, bytes]:
         "too long": wire.STRUCTURED_HEADER.pack(
             wire.STRUCTURED_REPLY_MAGIC, 0, ReplyType.ERROR, cookie, 1 << 31
         ),
+        "more data than asked for": data_chunk(request, 0, bytes(300)) * 2,
+        "a block status": chunk(cookie, ReplyType.BLOCK_STATUS, status(7, RUNS, extended=False)),
         "the end": b"",
     }
 
@@ -266,16 +269,41 @@ async def test_goodbye_to_a_server_that_has_gone() -> None:
 
 async def test_block_status() -> None:
     async with connected() as (connection, server), trio.open_nursery() as nursery:
-        told: list[list[tuple[int, int]]] = []
+        told: list[Runs] = []
 
         async def ask() -> None:
             told.append(await connection.block_status(0, SIZE))
 
         nursery.start_soon(ask)
         request = await server.request()
-        extents = b"".join(wire.U32.pack(number) for number in (7, 65536, 0, 65536, 3))
-        await server.send(chunk(request.cookie, ReplyType.BLOCK_STATUS, extents))
-    assert told == [[(65536, 0), (65536, 3)]]
+        payload = status(7, RUNS, extended=False)
+        await server.send(chunk(request.cookie, ReplyType.BLOCK_STATUS, payload))
+    assert [(list(runs.lengths), list(runs.flags)) for runs in told] == [RUNS]
+
+
+@pytest.mark.parametrize(
+    "payloads",
+    [
+        [status(7, RUNS, extended=False)] * 2,
+        [status(8, RUNS, extended=False)],
+        [b"xxxx"],
+        [status(7, Runs([0], [0]), extended=False)],
+        [],
+    ],
+    ids=["twice", "of another context", "without runs", "of nothing", "none"],
+)
+async def test_a_wrong_block_status(payloads: list[bytes]) -> None:
+    """It can't go on for ever, nor tell of what was not asked for."""
+    async with connected() as (connection, server), trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            with pytest.raises(OSError, match=r"lost|no block status"):
+                await connection.block_status(0, SIZE)
+
+        nursery.start_soon(ask)
+        cookie = (await server.request()).cookie
+        pieces = [chunk(cookie, ReplyType.BLOCK_STATUS, each, done=False) for each in payloads]
+        await server.send(b"".join(pieces) + chunk(cookie, ReplyType.NONE, b""))
 
 
 def test_errors_are_numbers_of_this_host() -> None:

@@ -38,6 +38,8 @@ async def subject(
                 subject = await subject(tasks)
             yield subject
             await close(subject.driver)
+            if subject.close is not None:
+                await subject.close()
 
 
 async def close(driver: Driver) -> None:

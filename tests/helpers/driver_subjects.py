@@ -25,7 +25,9 @@ from blockd.block.drivers.throttle import ThrottleDriver
 from blockd.block.qcow2 import ImageOptions, Qcow2Driver, create_image, read_header
 from blockd.block.qcow2 import open_image as open_qcow2
 from blockd.errors import BlockdError
+from blockd.events import Bus
 from blockd.listener import UnixAddress
+from blockd.nbd import Export, NbdServer, Settings
 from blockd.nbd.client import NbdDriver, Target
 from blockd.objects import Bucket, ThrottleGroup, ThrottleLimits
 from tests.helpers.loop_device import loop_device
@@ -44,13 +46,14 @@ MEMORY_FILE_SYSTEM = Path("/dev/shm")
 class Subject:
     """``model`` is what the driver's storage holds; ``unmap``: whether discards reach it.
 
-    ``fixed_size``: it can't be resized.
+    ``fixed_size``: it can't be resized. ``close``: ends what it stands on.
     """
 
     driver: Driver
     model: bytearray
     unmap: bool = True
     fixed_size: bool = False
+    close: Callable[[], Awaitable[None]] | None = None
 
 
 def sparse_content(size: int = FILE_BYTES) -> bytearray:
@@ -201,6 +204,39 @@ def over_nbdkit(stack: ExitStack, directory: Path, *, block_bytes: int) -> Later
     return over_nbd(stack, directory, [*command, *policy, "blocksize-error-policy=error"])
 
 
+def over_an_old_server(stack: ExitStack, directory: Path) -> LaterSubject:
+    """A server without fixed newstyle negotiation: only the export's name can be told to it."""
+    write_sparse(directory / "image")
+    command = nbdkit("--mask-handshake=0", "--no-sr", "file", str(directory / "image"))
+    return over_nbd(stack, directory, command)
+
+
+def over_blockd(_: ExitStack, directory: Path) -> LaterSubject:
+    """Our own server, in this process."""
+
+    async def connect(tasks: trio.Nursery) -> Subject:
+        write_sparse(directory / "image")
+        graph, server = Graph(tasks), NbdServer(tasks, Bus())
+        address = UnixAddress(str(directory / "nbd.sock"))
+        await server.start(address, Settings())
+        node = graph.add("node", open_image(directory / "image"), owned=True)
+        export = Export(
+            "export",
+            node,
+            name="",
+            description="",
+            writable=True,
+            writethrough=False,
+            graph=graph,
+        )
+        server.add(export)
+        driver = await NbdDriver.open(Target(address), tasks, read_only=False, auto_read_only=False)
+        model = sparse_content() + bytes(driver.size_bytes - FILE_BYTES)
+        return Subject(driver, model, fixed_size=True, close=server.close)
+
+    return connect
+
+
 #: A subject that needs a nursery.
 LaterSubject = Callable[[trio.Nursery], Awaitable[Subject]]
 Maker = Callable[[ExitStack, Path], Subject | LaterSubject]
@@ -266,6 +302,8 @@ SUBJECTS: dict[str, Maker] = {
     "copy-before-write": keeping_an_instant,
     "nbd-qemu": over_qemu_nbd,
     "nbd-nbdkit": lambda stack, path: over_nbdkit(stack, path, block_bytes=1),
+    "nbd-old": over_an_old_server,
+    "nbd-blockd": over_blockd,
     "nbd-4k-blocks": lambda stack, path: over_nbdkit(stack, path, block_bytes=4096),
     "qcow2": qcow2_maker(IMAGE),
     "qcow2-v2": qcow2_maker(replace(IMAGE, version=2)),

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 
 from blockd import limits
-from blockd.block import Node
+from blockd.block import Allocation, Node
 from blockd.errors import BlockdError
+from blockd.extent import Extent
 from blockd.listener import InetAddress, UnixAddress
 from blockd.nbd.client import NbdDriver, Target
+from blockd.nbd.client.connecting import connect
+from blockd.nbd.wire import Headers
 from tests.helpers.nbd_process import NbdProcess, nbdkit, qemu_nbd, serving
+from tests.helpers.tools import require_tool
 
 SIZE = 4 * 1024 * 1024
 BLOCK = 4096
@@ -179,6 +185,78 @@ async def test_where_nobody_is(address: UnixAddress | InetAddress, message: str)
     async with trio.open_nursery() as tasks:
         with pytest.raises(BlockdError, match=f"^{message}$"):
             await NbdDriver.open(Target(address), tasks, read_only=False, auto_read_only=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "headers"),
+    [
+        ([], Headers.STRUCTURED),
+        (["--no-sr"], Headers.SIMPLE),
+        (["--mask-handshake=0"], Headers.SIMPLE),
+        (["--mask-handshake=1", "--no-sr"], Headers.SIMPLE),
+        (["--mask-handshake=2"], Headers.SIMPLE),
+    ],
+)
+async def test_servers_of_all_ages(options: list[str], headers: Headers, tmp_path: Path) -> None:
+    with serving(nbdkit(*options, "memory", str(SIZE)), tmp_path / "s") as process:
+        connection = await connect(target(process))
+        assert connection.export.headers is headers
+        assert connection.export.size_bytes == SIZE
+        await connection.disconnect()
+
+
+async def test_a_server_from_before_the_handshake_is_refused(tmp_path: Path) -> None:
+    message = "does not speak the NBD protocol that is in use"
+    with (
+        serving(nbdkit("--oldstyle", "memory", str(SIZE)), tmp_path / "s") as process,
+        pytest.raises(BlockdError, match=message),
+    ):
+        await connect(target(process))
+
+
+async def test_long_requests_without_data(tmp_path: Path) -> None:
+    """In one piece with extended headers, else in several."""
+    size = 9 << 30
+    image = tmp_path / "disk.img"
+    image.touch()
+    os.truncate(image, size)
+    for command in (qemu_nbd(image), nbdkit("memory", str(size))):
+        with serving(command, tmp_path / "s") as process:
+            async with trio.open_nursery() as tasks:
+                driver = await open_driver(process, tasks)
+                await driver.write(size - 512, memoryview(b"x" * 512))
+                await driver.write_zeroes(0, size, unmap=True)
+                await driver.discard(0, size)
+                at = 0
+                while at < size:
+                    for run in await driver.allocation(at, size - at):
+                        assert run.zero
+                        at = run.extent.end
+                await driver.close()
+
+
+async def test_the_bitmap_of_a_server(tmp_path: Path) -> None:
+    """What is dirty counts as not allocated, and nothing as zero."""
+    image = tmp_path / "disk.qcow2"
+    for command in (
+        ["qemu-img", "create", "-q", "-f", "qcow2", str(image), str(SIZE)],
+        ["qemu-img", "bitmap", "--add", str(image), "b"],
+        ["qemu-io", "-c", "write 64k 64k", str(image)],
+    ):
+        await trio.run_process([require_tool(command[0]), *command[1:]], capture_stdout=True)
+    command = [require_tool("qemu-nbd"), "--persistent", "--shared=0", "--bitmap=b", str(image)]
+    with serving(command, tmp_path / "s") as process:
+        async with trio.open_nursery() as tasks:
+            bitmap = replace(target(process), dirty_bitmap="qemu:dirty-bitmap:b")
+            driver = await NbdDriver.open(bitmap, tasks, read_only=True, auto_read_only=False)
+            assert await driver.allocation(0, SIZE) == [
+                Allocation(Extent(0, 65536), zero=False, depth=1),
+                Allocation(Extent(65536, 65536), zero=False, depth=0),
+                Allocation(Extent(131072, SIZE - 131072), zero=False, depth=1),
+            ]
+            await driver.close()
+        with pytest.raises(BlockdError, match="requested x-dirty-bitmap qemu:x not found"):
+            await connect(replace(target(process), dirty_bitmap="qemu:x"))
 
 
 async def test_opening_waits_for_a_server(image: Path, tmp_path: Path) -> None:

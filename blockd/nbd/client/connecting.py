@@ -23,7 +23,7 @@ from blockd.listener import (
     keep_alive,
 )
 from blockd.nbd.client.connection import Connection
-from blockd.nbd.client.handshake import negotiate
+from blockd.nbd.client.handshake import Export, negotiate
 from blockd.nbd.client.stream import Stream
 from blockd.nbd.client.tls import Tls, tls_reason
 from blockd.nbd.wire import ProtocolError
@@ -31,7 +31,10 @@ from blockd.nbd.wire import ProtocolError
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An export of a server."""
+    """An export of a server.
+
+    ``dirty_bitmap``: a meta context that is asked for in place of ``base:allocation``.
+    """
 
     address: RemoteAddress
     export: str = ""
@@ -39,6 +42,7 @@ class Target:
     tls: ssl.SSLContext | None = None
     tls_creds: str | None = None
     tls_hostname: str | None = None
+    dirty_bitmap: str | None = None
 
     @property
     def secure(self) -> Tls | None:
@@ -55,6 +59,7 @@ class Target:
             "export": self.export or None,
             "tls-creds": self.tls_creds,
             "tls-hostname": self.tls_hostname,
+            "x-dirty-bitmap": self.dirty_bitmap,
         }
         given = {"server": self.address.options}
         return given | {name: each for name, each in others.items() if each}
@@ -76,11 +81,13 @@ async def connect(target: Target) -> Connection:
     """Connect and haggle. Raises ``BlockdError`` with the reason."""
     if len(target.export.encode()) > limits.NBD_STRING_BYTES:
         raise BlockdError("export name too long to send to server")
+    if len((target.dirty_bitmap or "").encode()) > limits.NBD_STRING_BYTES:
+        raise BlockdError("x-dirty-bitmap query too long to send to server")
     try:
         with trio.fail_after(limits.NBD_CLIENT_CONNECT_SECONDS):
             stream = Stream(await _connect_socket(target.address))
             try:
-                return Connection(stream, await negotiate(stream, target.export, target.secure))
+                return Connection(stream, await _negotiate(stream, target))
             except BaseException:
                 stream.close()
                 raise
@@ -90,6 +97,16 @@ async def connect(target: Target) -> Connection:
         raise BlockdError(f"{target.address} is no usable NBD server: {error}") from error
     except OSError as error:
         raise BlockdError(f"Failed to read data: {tls_reason(error)}") from error
+
+
+async def _negotiate(stream: Stream, target: Target) -> Export:
+    wanted = target.dirty_bitmap
+    if wanted is None:
+        return await negotiate(stream, target.export, target.secure)
+    export = await negotiate(stream, target.export, target.secure, context=wanted)
+    if export.context_id is None:
+        raise BlockdError(f"requested x-dirty-bitmap {wanted} not found")
+    return export
 
 
 async def _connect_socket(address: RemoteAddress) -> socket.socket:

@@ -13,22 +13,26 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass, field
 from errno import EIO
-from struct import Struct
 from typing import Final
 
 import trio
 
 from blockd import limits
 from blockd.nbd import wire
+from blockd.nbd.chunks import (
+    Runs,
+    is_error,
+    parse_chunk,
+    parse_error,
+    parse_hole,
+    parse_status,
+)
 from blockd.nbd.client.handshake import Export
 from blockd.nbd.client.stream import Disconnected, Stream
-from blockd.nbd.wire import Cmd, ProtocolError, ReplyFlag, ReplyType
+from blockd.nbd.wire import Cmd, CmdFlag, Headers, ProtocolError, ReplyFlag, ReplyType, Request
 
-_HOLE: Final = Struct(">QI")  # offset, length
-_EXTENT: Final = Struct(">II")  # length, flags
-_ERROR_BIT: Final = 1 << 15
 #: What changes nothing at the server.
-_HARMLESS: Final = frozenset({Cmd.READ, Cmd.FLUSH, Cmd.BLOCK_STATUS})
+_HARMLESS: Final = frozenset({Cmd.READ, Cmd.FLUSH, Cmd.CACHE, Cmd.BLOCK_STATUS})
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +46,7 @@ class _Pending:
     #: Bytes that a read has got.
     covered: int = 0
     error: int = 0
-    status: list[tuple[int, int]] = field(default_factory=list)
+    status: Runs | None = None
     #: Its reply has come, or never will.
     ended: trio.Event = field(default_factory=trio.Event)
 
@@ -95,7 +99,7 @@ class Connection:
         if self.lost is None:
             # The server may have gone, unheard of until now.
             with trio.move_on_after(limits.NBD_CLIENT_DISCONNECT_SECONDS), suppress(Disconnected):
-                await self._send(_header(0, _Pending(Cmd.DISC, 0, 0), 0))
+                await self._send(self._header(0, _Pending(Cmd.DISC, 0, 0), 0))
         self.close()
 
     async def read(self, offset: int, view: memoryview) -> None:
@@ -104,17 +108,19 @@ class Connection:
 
     async def write(self, offset: int, view: memoryview) -> None:
         """As ``read``; ``view`` must not change until this returns."""
-        await self._request(_Pending(Cmd.WRITE, offset, len(view)), payload=view)
+        # "Request flags": always with extended headers.
+        flags = CmdFlag.PAYLOAD_LEN if self.export.extended else 0
+        await self._request(_Pending(Cmd.WRITE, offset, len(view)), flags=flags, payload=view)
 
     async def change(self, command: Cmd, offset: int, length: int, flags: int = 0) -> None:
-        """A request without data: TRIM, WRITE_ZEROES or FLUSH."""
+        """A request without data: TRIM, WRITE_ZEROES, CACHE or FLUSH."""
         await self._request(_Pending(command, offset, length), flags=flags)
 
-    async def block_status(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """Length and flags of each run of the range's ``base:allocation``; at least one."""
+    async def block_status(self, offset: int, length: int) -> Runs:
+        """What the meta context says of the range from its beginning on, maybe beyond its end."""
         pending = _Pending(Cmd.BLOCK_STATUS, offset, length)
         await self._request(pending)
-        if not pending.status:
+        if pending.status is None:
             raise OSError(EIO, "the server told no block status")
         return pending.status
 
@@ -129,7 +135,7 @@ class Connection:
         cookie = self._cookie
         self._pending[cookie] = pending
         try:
-            await self._send(_header(flags, pending, cookie), payload)
+            await self._send(self._header(flags, pending, cookie), payload)
         except trio.Cancelled:
             # No reply will come: it waited for its turn, or was cut off and the connection with it.
             del self._pending[cookie]
@@ -159,6 +165,10 @@ class Connection:
         if not pending.ended.is_set():
             self.close()
 
+    def _header(self, flags: int, pending: _Pending, cookie: int) -> bytes:
+        request = Request(flags, pending.type, cookie, pending.offset, pending.length)
+        return wire.request_header(request, extended=self.export.extended)
+
     async def _send(self, header: bytes, payload: bytes | memoryview = b"") -> None:
         try:
             await self._stream.send(header, payload)
@@ -182,30 +192,36 @@ class Connection:
 
     async def _receive_header(self) -> _Chunk:
         (magic,) = wire.U32.unpack(await self._stream.fill(wire.U32.size))
-        if magic == wire.SIMPLE_REPLY_MAGIC:
-            header = await self._stream.take(wire.SIMPLE_REPLY.size)
-            _, error, cookie = wire.SIMPLE_REPLY.unpack(header)
-            pending = self._find(cookie)
-            pending.error = error
-            if error or pending.type != Cmd.READ:
-                return _Chunk(cookie, pending, ReplyType.NONE, last=True)
-            return _Chunk(cookie, pending, ReplyType.OFFSET_DATA, last=True, length=pending.length)
-        if magic != wire.STRUCTURED_REPLY_MAGIC:
+        headers = self.export.headers
+        if magic != wire.SIMPLE_REPLY_MAGIC and headers is not Headers.SIMPLE:
+            return await self._receive_chunk_header()
+        if magic != wire.SIMPLE_REPLY_MAGIC or headers is Headers.EXTENDED:
             raise ProtocolError(f"bad reply magic 0x{magic:08x}")
-        return await self._receive_structured_header()
-
-    async def _receive_structured_header(self) -> _Chunk:
-        header = await self._stream.take(wire.STRUCTURED_HEADER.size)
-        _, flags, kind, cookie, length = wire.STRUCTURED_HEADER.unpack(header)
+        header = await self._stream.take(wire.SIMPLE_REPLY.size)
+        _, error, cookie = wire.SIMPLE_REPLY.unpack(header)
         pending = self._find(cookie)
-        last = bool(flags & ReplyFlag.DONE)
+        pending.error = error
+        if error or pending.type != Cmd.READ:
+            return _Chunk(cookie, pending, ReplyType.NONE, last=True)
+        self._cover(pending, pending.offset, pending.length)
+        return _Chunk(cookie, pending, ReplyType.OFFSET_DATA, last=True, length=pending.length)
+
+    async def _receive_chunk_header(self) -> _Chunk:
+        extended = self.export.extended
+        form = wire.EXTENDED_HEADER if extended else wire.STRUCTURED_HEADER
+        head = parse_chunk(await self._stream.take(form.size), extended=extended)
+        cookie, kind, length = head.cookie, head.type, head.length
+        pending = self._find(cookie)
+        last = bool(head.flags & ReplyFlag.DONE)
+        if head.offset not in (None, pending.offset):
+            raise ProtocolError(f"a reply for {head.offset} to a request for {pending.offset}")
         if kind != ReplyType.OFFSET_DATA:
             if length > limits.NBD_CLIENT_CHUNK_BYTES:
                 raise ProtocolError(f"a reply chunk of {length} bytes is too long")
             return _Chunk(cookie, pending, kind, last=last, length=length, data=bytearray(length))
         (offset,) = wire.OFFSET.unpack(await self._stream.take(wire.OFFSET.size))
         length -= wire.OFFSET.size
-        self._check_within(pending, offset, length)
+        self._cover(pending, offset, length)
         at = offset - pending.offset
         return _Chunk(cookie, pending, kind, last=last, length=length, at=at)
 
@@ -216,10 +232,14 @@ class Connection:
         return pending
 
     @staticmethod
-    def _check_within(pending: _Pending, offset: int, length: int) -> None:
+    def _cover(pending: _Pending, offset: int, length: int) -> None:
+        """Count a part of a read's data, which nothing but a part may bring, and only once."""
         within = pending.offset <= offset and offset + length <= pending.offset + pending.length
         if pending.type != Cmd.READ or length <= 0 or not within:
             raise ProtocolError("a reply with data that were not asked for")
+        pending.covered += length
+        if pending.covered > pending.length:
+            raise ProtocolError("a reply with more data than were asked for")
 
     async def _receive_payload(self, chunk: _Chunk) -> None:
         while chunk.received < chunk.length:
@@ -232,42 +252,38 @@ class Connection:
     def _end_chunk(self, chunk: _Chunk) -> None:
         pending = chunk.pending
         match chunk.type:
-            case ReplyType.NONE:
+            case ReplyType.NONE | ReplyType.OFFSET_DATA:
                 pass
-            case ReplyType.OFFSET_DATA:
-                pending.covered += chunk.length
             case ReplyType.OFFSET_HOLE:
-                self._end_hole(pending, chunk.data)
-            case ReplyType.BLOCK_STATUS:
-                pending.status += self._read_status(chunk.data)
-            case kind if kind & _ERROR_BIT:
-                (pending.error, _) = wire.ERROR_PAYLOAD.unpack_from(chunk.data)
-                if not pending.error:
-                    raise ProtocolError("an error that is none")
+                self._end_hole(pending, memoryview(chunk.data))
+            case ReplyType.BLOCK_STATUS | ReplyType.BLOCK_STATUS_EXT:
+                self._end_status(pending, chunk)
+            case kind if is_error(kind):
+                pending.error, _ = parse_error(memoryview(chunk.data))
             case kind:
                 raise ProtocolError(f"an unknown reply chunk: {kind}")
         if chunk.last:
             self._end(chunk.cookie, pending)
 
-    def _end_hole(self, pending: _Pending, data: bytearray) -> None:
-        offset, length = _HOLE.unpack(data)
-        self._check_within(pending, offset, length)
-        pending.covered += length
+    def _end_hole(self, pending: _Pending, data: memoryview) -> None:
+        offset, length = parse_hole(data)
+        self._cover(pending, offset, length)
         if pending.into is not None:
             at = offset - pending.offset
             pending.into[at : at + length] = bytes(length)
 
-    def _read_status(self, data: bytearray) -> list[tuple[int, int]]:
-        (context,) = wire.U32.unpack_from(data)
-        if context != self.export.allocation_id:
-            return []
-        runs = list(_EXTENT.iter_unpack(data[wire.U32.size :]))
-        if not runs or not all(length for length, _ in runs):
-            raise ProtocolError("a block status without extents")
-        return runs
+    def _end_status(self, pending: _Pending, chunk: _Chunk) -> None:
+        """One chunk for the one context that was negotiated: a second could go on for ever."""
+        context, runs = parse_status(
+            memoryview(chunk.data), extended=chunk.type == ReplyType.BLOCK_STATUS_EXT
+        )
+        wanted = pending.type == Cmd.BLOCK_STATUS and context == self.export.context_id
+        if not wanted or pending.status is not None:
+            raise ProtocolError("a block status that was not asked for")
+        pending.status = runs
 
     def _end(self, cookie: int, pending: _Pending) -> None:
-        if pending.type == Cmd.READ and not pending.error and pending.covered != pending.length:
+        if pending.type == Cmd.READ and not pending.error and pending.covered < pending.length:
             raise ProtocolError("a reply without all the data")
         del self._pending[cookie]
         pending.ended.set()
@@ -279,9 +295,3 @@ class Connection:
             self._stream.close()
             for pending in self._pending.values():
                 pending.ended.set()
-
-
-def _header(flags: int, pending: _Pending, cookie: int) -> bytes:
-    return wire.REQUEST.pack(
-        wire.REQUEST_MAGIC, flags, pending.type, cookie, pending.offset, pending.length
-    )

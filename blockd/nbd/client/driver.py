@@ -15,14 +15,12 @@ from blockd.errors import BlockdError
 from blockd.extent import Extent
 from blockd.nbd.client.connecting import Target, connect
 from blockd.nbd.client.connection import Connection
-from blockd.nbd.wire import Cmd, CmdFlag, TransmissionFlag
+from blockd.nbd.wire import Cmd, CmdFlag, State, TransmissionFlag
 
 _Params = ParamSpec("_Params")
 _Result = TypeVar("_Result")
 
-#: In the flags of an extent of ``base:allocation``.
-_STATE_ZERO: Final = 1 << 1
-#: The longest request without data that the header has room for.
+#: The longest request without data that a header which is not extended has room for.
 _LENGTH_MAX: Final = (1 << 32) - 1
 
 
@@ -240,12 +238,17 @@ class NbdDriver(Driver):
         return Extent(start, max((offset + length) // unit * unit - start, 0))
 
     async def _change(self, command: Cmd, extent: Extent, flags: int = 0) -> None:
-        unit = self._connection.export.minimum_bytes
-        step = _LENGTH_MAX // unit * unit
+        step = self._length_max()
         async with self._reservations.reserve(extent):
             for start in range(extent.offset, extent.end, step):
                 length = min(step, extent.end - start)
                 await self._alter(Connection.change, command, start, length, flags)
+
+    def _length_max(self) -> int:
+        """How long a request without data may be: whole blocks."""
+        export = self._connection.export
+        unit = export.minimum_bytes
+        return self.size_bytes if export.extended else _LENGTH_MAX // unit * unit
 
     async def flush(self) -> None:
         if self.read_only or not self.flushes:
@@ -256,18 +259,28 @@ class NbdDriver(Driver):
         self._flushed_writes = writes
 
     async def allocation(self, offset: int, length: int) -> Sequence[Allocation]:
-        blocks = self._blocks(offset, min(length, _LENGTH_MAX // 2))
-        if self._connection.export.allocation_id is None:
+        if self._connection.export.context_id is None:
             return [Allocation(Extent(offset, length), zero=False)]
-        status = await self._ask(Connection.block_status, *blocks)
+        # What is shorter by a block at least still fits once it is rounded up to whole ones.
+        longest = length if self._connection.export.extended else _LENGTH_MAX // 2
+        blocks = self._blocks(offset, min(length, longest))
+        told = await self._ask(Connection.block_status, *blocks)
         runs: list[Allocation] = []
         start, end = blocks.offset, offset + length
-        for run_bytes, flags in status:
+        for run_bytes, flags in zip(*told, strict=True):
             first, last = max(start, offset), min(start + run_bytes, end)
             if first < last:
-                runs.append(Allocation(Extent(first, last - first), bool(flags & _STATE_ZERO)))
+                runs.append(self._allocation(Extent(first, last - first), flags))
+            if start >= end or len(runs) >= limits.ALLOCATION_RUNS_LIMIT:
+                break
             start += run_bytes
         return runs or [Allocation(Extent(offset, length), zero=False)]
+
+    def _allocation(self, extent: Extent, flags: int) -> Allocation:
+        if self._target.dirty_bitmap is None:
+            return Allocation(extent, zero=bool(flags & State.ZERO))
+        # As in QEMU, what is dirty is told as not allocated; but it says nothing about zeroes.
+        return Allocation(extent, zero=False, depth=0 if flags & State.HOLE else 1)
 
     async def truncate(self, size_bytes: int) -> None:
         raise BlockdError("Cannot resize NBD nodes")

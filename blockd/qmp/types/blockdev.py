@@ -264,6 +264,8 @@ class NbdOptions(NodeOptions, tag_field="driver", tag="nbd", kw_only=True):
     connect. ``reconnect-delay``: when the connection is lost, requests wait for so many seconds
     for it to come back, before they fail. ``tls-creds``: the credentials with which it is
     encrypted. ``tls-hostname``: the name in the server's certificate, by default its host.
+    ``x-dirty-bitmap``: the meta context, say ``qemu:dirty-bitmap:NAME``, that is asked for in place
+    of ``base:allocation``: what is set in it counts as not allocated.
     """
 
     server: InetServerAddress | UnixServerAddress | VsockServerAddress
@@ -272,6 +274,7 @@ class NbdOptions(NodeOptions, tag_field="driver", tag="nbd", kw_only=True):
     tls_hostname: str | None = None
     reconnect_delay: UInt32 = 0
     open_timeout: UInt32 = 0
+    x_dirty_bitmap: str | None = None
 
 
 #: The arguments of ``blockdev-add``: a variant for each driver.

@@ -17,7 +17,9 @@ async def open_nbd(opening: Opening, options: NbdOptions) -> Driver:
     objects = opening.graph.objects
     tls = None if creds is None else find_tls(objects, creds, Endpoint.CLIENT)
     return await NbdDriver.open(
-        Target(address_of(options.server), options.export, tls, creds, hostname),
+        Target(
+            address_of(options.server), options.export, tls, creds, hostname, options.x_dirty_bitmap
+        ),
         tasks,
         read_only=opening.common.read_only,
         auto_read_only=opening.common.auto_read_only,
