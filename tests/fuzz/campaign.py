@@ -20,7 +20,9 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple, Protocol
 
-from tests.fuzz.nbd import BesideQemuTarget
+from tests.fuzz.nbd_beside_qemu import BesideQemuTarget
+from tests.fuzz.nbd_client import NbdClientTarget
+from tests.fuzz.nbd_server import NbdServerTarget
 from tests.fuzz.qcow2 import Qcow2Target
 from tests.fuzz.qmp import QmpTarget
 from tests.helpers.daemon import PATIENCE_SECONDS, Daemon
@@ -61,6 +63,8 @@ class Target(Protocol):
 
 TARGETS: dict[str, type[Target]] = {
     "nbd-beside-qemu": BesideQemuTarget,
+    "nbd-client": NbdClientTarget,
+    "nbd-server": NbdServerTarget,
     "qcow2": Qcow2Target,
     "qmp": QmpTarget,
 }

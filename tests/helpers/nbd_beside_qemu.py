@@ -85,14 +85,14 @@ class Pair:
     """Sockets of both servers; ``differed`` counts the differences that were met."""
 
     def __init__(self, ours: str, theirs: str) -> None:
-        self._ours = ours
+        self.ours = ours
         self._theirs = theirs
         self.differed: Counter[str] = Counter()
 
     def haggle(self, random: Random) -> None:
         """Play a handshake on both. Raises ``AssertionError`` for a difference not in the table."""
         asked = haggling(random)
-        ours, theirs = haggle(self._ours, asked), haggle(self._theirs, asked)
+        ours, theirs = haggle(self.ours, asked), haggle(self._theirs, asked)
         for (option, data), our, their in zip(asked.options, ours, theirs, strict=False):
             for mine, yours in zip(our, their, strict=False):
                 if mine != yours:
@@ -104,7 +104,7 @@ class Pair:
     def run(self, random: Random) -> None:
         """The same with requests, and what the disk then holds."""
         asked = program(random)
-        ours, theirs = run(self._ours, asked), run(self._theirs, asked)
+        ours, theirs = run(self.ours, asked), run(self._theirs, asked)
         for call, our, their in zip(asked.calls, ours.answers, theirs.answers, strict=True):
             if (our.code, our.data) != (their.code, their.data):
                 self._allow(REQUESTS, Request(call, asked.structured, our, their))
@@ -127,18 +127,25 @@ def side_by_side(directory: Path, daemon: Daemon) -> Iterator[Pair]:
         image.write_bytes(bytes(DISK_BYTES))
     ours = directory / "ours.sock"
     with QmpClient(daemon.qmp_path) as qmp:
-        _export(qmp, images[0], ours)
+        add_disk(qmp, images[0])
+        serve_disk(qmp, str(ours))
     options = ["--cache=unsafe", f"--export-name={EXPORT}", f"--description={DESCRIPTION}"]
     log = directory / "qemu-nbd.log"
     with serving(qemu_nbd(images[1], *options), directory / "theirs.sock", log) as process:
         yield Pair(str(ours), str(process.socket_path))
 
 
-def _export(qmp: QmpClient, image: Path, path: Path) -> None:
+def add_disk(qmp: QmpClient, image: Path) -> None:
+    """A node over ``image``; nothing is flushed to the disk."""
     options = {"discard": "unmap", "cache": {"no-flush": True}}
     file = {"driver": "file", "filename": str(image)}
     qmp.execute("blockdev-add", {"driver": "raw", "node-name": "disk", "file": file, **options})
-    address = {"type": "unix", "data": {"path": str(path)}}
-    qmp.execute("nbd-server-start", {"addr": address})
+
+
+def serve_disk(qmp: QmpClient, path: str) -> None:
+    """Export the node at the socket ``path``, anew where it is: then nobody is connected."""
+    if qmp.execute("query-block-exports"):
+        qmp.execute("nbd-server-stop")
+    qmp.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": path}}})
     export = {"type": "nbd", "id": "export", "node-name": "disk", "writable": True}
     qmp.execute("block-export-add", {**export, "name": EXPORT, "description": DESCRIPTION})

@@ -1,4 +1,4 @@
-"""NBD: what a client sends, right and wrong."""
+"""NBD: what a client sends, right and wrong, to blockd and to qemu-nbd."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from random import Random
 
 from tests.helpers.daemon import Daemon
-from tests.helpers.nbd_beside_qemu import side_by_side
+from tests.helpers.nbd_beside_qemu import serve_disk, side_by_side
 from tests.helpers.qmp_client import QmpClient
 
 
@@ -27,4 +27,5 @@ class BesideQemuTarget:
         self._pair.run(Random(seed))
 
     def settle(self, qmp: QmpClient) -> None:
-        """There is nothing to take back."""
+        """Whoever still seems to be connected would be counted."""
+        serve_disk(qmp, self._pair.ours)
