@@ -26,6 +26,10 @@ BITMAP_DEFAULT_GRANULARITY_MAX_BYTES = 64 * KIB
 #: where little is dirty, 6 ms where every other granule is. A power of two, 64 at the least.
 BITMAP_WINDOW_GRANULES = 128 * KIB
 
+#: Granules in one piece of a stored bitmap (16 GiB by 64 KiB): at most 32 KiB, which takes 0.1 ms
+#: to make, and few enough pieces that a large bitmap is read back in milliseconds.
+BITMAP_PIECE_GRANULES = 256 * KIB
+
 # --- files and devices -----------------------------------------------------------------------
 
 #: Worker threads a file may keep busy: enough to fill a disk's queue, each with its own stack.

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, assert_never
 
+from pyroaring import BitMap64
+
 from blockd.bitmap.bits import Bits
+from blockd.bitmap.format import window_count
 from blockd.bitmap.reason import Reason
 from blockd.bitmap.states import (
     Frozen,
@@ -168,6 +171,22 @@ class DirtyBitmap:
         """A copy of the named bitmap's bits, without its successor's, in every state."""
         self._owner.fold()
         return self._named_bits.copy()
+
+    def window(self, number: int) -> BitMap64:
+        """A copy of one window's granules, as a store keeps them.
+
+        A frozen bitmap is kept as its reclaim would leave it, since a crash is one.
+        """
+        self._owner.fold()
+        granules = self._named_bits.window(number)
+        if isinstance(self._state, Frozen):
+            granules |= self._state.successor.window(number)
+        return granules
+
+    @property
+    def window_count(self) -> int:
+        """How many windows the bitmap has."""
+        return window_count(self._named_bits.granule_count)
 
     def check_usable(self, *, to_change: bool) -> None:
         """Raise ``BlockdError`` where a command about the bitmap would be refused.

@@ -153,6 +153,19 @@ class Bits:
         self._size_bytes = size_bytes
         self._drop_beyond_end()
 
+    def window(self, number: int) -> BitMap64:
+        """A copy of the dirty granules of one window of ``BITMAP_PIECE_GRANULES``."""
+        first = number * limits.BITMAP_PIECE_GRANULES
+        granules = BitMap64()
+        granules.add_range(first, first + limits.BITMAP_PIECE_GRANULES)
+        granules &= self._granules
+        return granules
+
+    def add_granules(self, granules: BitMap64) -> None:
+        """Mark these granules."""
+        self._granules |= granules
+        self._drop_beyond_end()
+
     def digest(self) -> str:
         """SHA-256, in hex, of the bits as an array of little-endian 64-bit words.
 
