@@ -47,6 +47,34 @@ DIRECT_SCRATCH_BYTES = 1 * MIB
 #: Runs that one question for a file's allocation may give.
 ALLOCATION_RUNS_LIMIT = 1024
 
+# --- the state directory ---------------------------------------------------------------------
+
+#: What is armed at a time: so much around a write may come back dirty after a power cut. A disk
+#: of 16 TiB has a million of them.
+STATE_REGION_BYTES = 16 * MIB
+#: One epoch's marks of an image, in memory and in a file: 16 TiB by 64 KiB. Larger images, and
+#: finer bitmaps, have coarser marks.
+STATE_MARKS_BYTES = 32 * MIB
+#: Granules that are marked at once: a write to the page cache of at most 64 KiB.
+STATE_MARK_STEP_GRANULES = 512 * KIB
+#: Pieces that go into one commit, and pieces of no more use that are deleted in one: a guest
+#: write that needs a region armed may have to wait for such a commit.
+STATE_BATCH_BYTES = 1 * MIB
+STATE_DELETE_PIECES = 64
+#: How often what was written to is stored exactly, so that regions at rest are disarmed; and what
+#: share of the time that may take.
+STATE_CHECKPOINT_SECONDS = 60
+STATE_CHECKPOINT_SHARE = 0.1
+#: How often storing is tried again while it fails.
+STATE_RETRY_SECONDS = 10
+#: How long the answer to a command waits until what it did is stored: commits on a healthy disk
+#: are far below, and a sick one must not hold up the client.
+STATE_KEEP_SECONDS = 15
+#: How often the clock is noted while images are open, and how much later than the last such note
+#: an image may have changed by our own writes.
+STATE_HEARTBEAT_SECONDS = 1
+STATE_HEARTBEAT_LATE_SECONDS = 2
+
 # --- qcow2 -----------------------------------------------------------------------------------
 
 #: The largest tables of an image, as QEMU bounds them: each is held in memory as a whole.

@@ -4,6 +4,7 @@ What reaches the disk of a node with persistent bitmaps is noted here first (``J
 after a kill or a power cut the bitmaps come back with every bit that they need.
 """
 
-from blockd.state.directory import Listener, StateDirectory
+from blockd.state.directory import StateDirectory
+from blockd.state.environment import Listener
 
 __all__ = ["Listener", "StateDirectory"]

@@ -1,79 +1,369 @@
-"""A state directory, as the daemon sees it."""
+"""A state directory, as the daemon sees it.
+
+lock                which daemon has it
+state.db            what must be atomic: images, bitmaps, armed regions, jobs
+marks/IMAGE.EPOCH   which granules were written to in an epoch
+marks/heartbeat     when the daemon was last alive
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+import itertools
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 
-from blockd.bitmap import DirtyBitmap
+import msgspec
+import trio
+
+from blockd import limits
+from blockd.bitmap import DirtyBitmap, Inconsistent, Recording, Stopped
 from blockd.block import Node
+from blockd.errors import BlockdError
+from blockd.state import changes
+from blockd.state.commits import Commits, Pending
+from blockd.state.database import Database, open_database
+from blockd.state.disk import Disk, HostDisk
+from blockd.state.environment import Environment, Listener
+from blockd.state.host import Boot, Heartbeat, this_boot
+from blockd.state.image import Kept, KeptImage
+from blockd.state.loading import load_images, recover_image
+from blockd.state.lock import DirectoryLock
+from blockd.state.places import Place, find_place, identify, shape_of
+from blockd.state.records import DamagedError, Identity, ImageRecord, JobRecord, unseal
+from blockd.state.recovery import Circumstances, Recovered, Recovery
+
+_log = logging.getLogger(__name__)
 
 
-class Listener(Protocol):
-    """Who hears what administrators should know. No call waits, or raises."""
+class StateDirectory:
+    """Keeps the persistent bitmaps of nodes; one daemon has it at a time."""
 
-    def bitmap_recovered(self, node: Node, bitmap: DirtyBitmap) -> None:
-        """A bitmap came back other than it should be: see its ``reason``."""
+    def __init__(
+        self, nursery: trio.Nursery, listener: Listener, opened: Opened, boot: Boot, disk: Disk
+    ) -> None:
+        """For ``open``, and for tests."""
+        self._nursery = nursery
+        self._listener = listener
+        self._boot = boot
+        self._opened = opened
+        self._disk = disk
+        self._images = opened.images
+        self._unfinished_jobs = opened.jobs
+        self._attached: dict[Node, KeptImage] = {}
+        self._attaching = trio.Lock()
+        commits = Commits(opened.database)
+        self._environment = Environment(disk, commits, opened.rows, boot.boot_id, listener)
+        #: Else the time of the daemon before this one is the only record of when it ended.
+        self._left_recorded = False
+        self._beating = trio.CancelScope()
+        nursery.start_soon(self._beat)
 
-    def storing_failed(self, node: Node, reason: str) -> None:
-        """After a crash from now on, the node's persistent bitmaps would come back all dirty."""
+    @classmethod
+    async def open(cls, path: str, nursery: trio.Nursery, listener: Listener) -> StateDirectory:
+        """Make or open one; its background work runs in ``nursery`` until ``close``.
 
-    def storing_resumed(self, node: Node) -> None:
-        """What ``storing_failed`` said is over."""
+        Raises ``BlockdError`` where another daemon has it, where a newer blockd made it, and where
+        it can't be used at all. A damaged one is used: its bitmaps will be all dirty.
+        """
 
+        def prepare() -> tuple[Opened, Boot, Disk]:
+            os.makedirs(path, mode=0o700, exist_ok=True)
+            lock = DirectoryLock(path)
+            try:
+                disk = HostDisk(os.path.join(path, "marks"))
+                return Opened(path, disk, lock), this_boot(), disk
+            except BaseException:
+                lock.release()
+                raise
 
-class StateDirectory(Protocol):
-    """Keeps the persistent bitmaps of nodes; one daemon has it at a time.
+        try:
+            opened, boot, disk = await trio.to_thread.run_sync(prepare)
+        except OSError as error:
+            raise BlockdError(f"The state directory '{path}' can't be used: {error}") from error
+        directory = cls(nursery, listener, opened, boot, disk)
+        await directory.begin()
+        return directory
 
-    ``await StateDirectory.open(path, nursery, listener)`` makes or opens one; ``BlockdError``
-    where another daemon has it, where a newer blockd made it, or where it can't be used at all.
-    ``nursery`` is for its background work, which ends with ``close``.
-    """
+    async def begin(self) -> None:
+        """Record when a daemon was last alive, for the images that it had open then."""
+        left_ns = self._opened.heartbeat.last_ns
+        for row, image in self._images.items():
+            if image.open and image.left_ns is None:
+                self._images[row] = msgspec.structs.replace(image, left_ns=left_ns)
+        steps = [changes.put_image(image) for image in self._images.values()]
+        jobs = [job_id for job_id, _ in self._unfinished_jobs]
+        change = changes.all_of(*steps, changes.forget_jobs(jobs))
+        try:
+            await self._environment.commits.commit(Pending(change))
+            self._left_recorded = True
+            self._opened.heartbeat.beat()
+        except OSError as error:
+            _log.error("the state directory can't be written to: %s", error)
+
+    # -- nodes -------------------------------------------------------------------------------
 
     def check_persistent(self, node: Node) -> None:
         """Raise ``BlockdError`` where the node's image could not be recognised again."""
+        place = find_place(node)
+        for other, image in self._attached.items():
+            if other is not node and image.record.key == place.key:
+                raise BlockdError(
+                    f"Node '{other.name}' keeps the bitmaps of '{place.path}': add it there"
+                )
 
     async def attach(self, node: Node) -> None:
         """Give a node that has just been opened the bitmaps which its image had.
 
         They are in ``node.bitmaps`` on return, and the node has its journal where there are any.
         Nothing about the state keeps a disk from opening: a bitmap whose bits are lost, or may
-        not be trusted, is all dirty, or inconsistent, with its ``reason`` set, and ``listener``
-        has heard of it. Nothing happens for nodes that could not be recognised.
+        not be trusted, is all dirty, with its ``reason`` set, and the listener has heard of it.
+        Nothing happens for nodes that could not be recognised, nor for one whose bitmaps another
+        node has. A bitmap that the node has already, consistent, stays, and ours goes.
         """
+        try:
+            place = find_place(node)
+        except BlockdError:
+            return
+        async with self._attaching:
+            fd = os.dup(place.fd)
+            try:
+                identity = await trio.to_thread.run_sync(identify, fd)
+            except OSError as error:
+                _log.error("'%s' can't be recognised: %s", place.path, error)
+                return
+            finally:
+                os.close(fd)
+            image = self._find(place, identity)
+            if image is not None:
+                await self._recover(node, image, place, identity)
 
-    async def keep(self, node: Node) -> None:
-        """Return once the persistent bitmaps are durable as they are now.
+    def _find(self, place: Place, identity: Identity) -> ImageRecord | None:
+        """The image at the place, or else the one that was moved there; None: not to be had."""
+        taken = {image.record.row for image in self._attached.values()}
+        same_boot = [image for image in self._images.values() if image.row not in taken]
+        for image in self._images.values():
+            if image.key == place.key:
+                return None if image.row in taken else image
+        for image in same_boot:
+            boot = image.boot_id == self._boot.boot_id
+            if shape_of(image.key) == place.shape and image.identity.same_storage(
+                identity, same_boot=boot
+            ):
+                return image
+        return None
+
+    async def _recover(
+        self, node: Node, image: ImageRecord, place: Place, identity: Identity
+    ) -> None:
+        now = Circumstances(
+            identity=identity,
+            size_bytes=node.size_bytes,
+            moved=image.key != place.key,
+            boot_id=self._boot.boot_id,
+            boot_time_ns=self._boot.time_ns,
+        )
+        environment = self._environment
+        recovery = await recover_image(image, now, environment.commits, environment.disk)
+        kept = {}
+        for found in recovery.bitmaps:
+            bitmap = _add(node, found)
+            if bitmap is not None and found.record is not None:
+                kept[bitmap] = Kept(found.record, bitmap.version)
+            if bitmap is not None and found.reason is not None:
+                self._listener.bitmap_recovered(node, bitmap)
+        await self._keep(node, image, kept, as_stored=recovery.as_stored)
+        self._say(node, recovery)
+
+    def _say(self, node: Node, recovery: Recovery) -> None:
+        for found in recovery.bitmaps:
+            if found.reason is not None:
+                reason, name = found.reason.value, found.title.name
+                _log.warning("node '%s': bitmap '%s' is all dirty: %s", node.name, name, reason)
+
+    async def _keep(
+        self, node: Node, image: ImageRecord, kept: Mapping[DirtyBitmap, Kept], *, as_stored: bool
+    ) -> KeptImage:
+        keeper = KeptImage(self._environment, node, image, kept, as_stored=as_stored)
+        async with node.quiesced():
+            node.keep_journal(keeper.journal)
+            self._attached[node] = keeper
+        return keeper
+
+    async def keep(self, node: Node) -> bool:
+        """Return once the persistent bitmaps are durable as they are now: then True.
 
         To be called after every change of a bitmap that is not a guest write: added (the node
         gets its journal with the first), removed, cleared, merged, enabled, disabled, abdicated,
-        resized. It gives up waiting after ``STATE_KEEP_SECONDS``, and where storing fails;
-        ``listener`` has heard of that. Does nothing for nodes without such bitmaps, ever.
+        resized. False where it gives up waiting after ``STATE_KEEP_SECONDS``, and where storing
+        fails: then it is durable that the stored bitmaps are not right, as far as there are any,
+        and the listener has heard of that. For nodes without such bitmaps, ever, nothing is done.
         """
 
-    def closing(self, node: Node) -> AbstractAsyncContextManager[None]:
+        async def store() -> None:
+            keeper = self._attached.get(node)
+            if keeper is None:
+                async with self._attaching:
+                    keeper = self._attached.get(node) or await self._adopt(node)
+            if keeper is not None:
+                await keeper.checkpoint()
+
+        return await self._bounded(store)
+
+    async def _adopt(self, node: Node) -> KeptImage | None:
+        """Keep a node from now on, where it has persistent bitmaps."""
+        if not any(bitmap.persistent for bitmap in node.bitmaps.list()):
+            return None
+        try:
+            place = find_place(node)
+        except BlockdError:
+            return None
+        row = next(self._environment.rows)
+        image = ImageRecord(
+            row=row,
+            key=place.key,
+            identity=Identity(0, 0),
+            size_bytes=node.size_bytes,
+            open=False,
+            boot_id=self._boot.boot_id,
+            since=0,
+            epoch=0,
+            bitmaps=(),
+        )
+        self._images[row] = image
+        return await self._keep(node, image, {}, as_stored=False)
+
+    @asynccontextmanager
+    async def closing(self, node: Node) -> AsyncIterator[None]:
         """The body closes the node's driver: nothing writes to the node any more.
 
         Before it the bitmaps are stored for the last time; after it the image is recorded as it
-        then is, as closed cleanly. A body that raises leaves it recorded as open, which means a
-        recovery when it is opened again.
+        then is, as closed cleanly. Where the body raises, or storing fails, its bitmaps will be
+        all dirty when it is opened again.
         """
+        keeper = self._attached.get(node)
+        if keeper is None:
+            yield
+            return
+        try:
+            async with keeper.closing():
+                yield
+        finally:
+            del self._attached[node]
+            self._images.pop(keeper.record.row)
+            if keeper.record.bitmaps:
+                self._images[keeper.record.row] = keeper.record
+
+    # -- jobs --------------------------------------------------------------------------------
 
     async def record_job(self, job_id: str, facts: Mapping[str, str]) -> None:
-        """Keep what an administrator should know of a job if the daemon dies.
-
-        As bounded as ``keep``.
-        """
+        """Keep what is to be known of a job if the daemon dies; as bounded as ``keep``."""
+        pending = Pending(changes.put_job(job_id, JobRecord(dict(facts))))
+        await self._bounded(lambda: self._environment.commits.commit(pending))
 
     async def forget_job(self, job_id: str) -> None:
         """The job has ended; as bounded as ``keep``."""
+        pending = Pending(changes.forget_jobs([job_id]))
+        await self._bounded(lambda: self._environment.commits.commit(pending))
 
     @property
     def unfinished_jobs(self) -> Sequence[tuple[str, Mapping[str, str]]]:
         """The jobs that a daemon before this one left behind, told once: at the next opening
         they are gone.
         """
+        return self._unfinished_jobs
+
+    # -- background --------------------------------------------------------------------------
+
+    async def _bounded(self, work: Callable[[], Awaitable[None]]) -> bool:
+        """Whether ``work`` was done in time, and did not fail. It is not cut off."""
+        ended = trio.Event()
+        done = False
+
+        async def run() -> None:
+            nonlocal done
+            try:
+                await work()
+                done = True
+            except OSError as error:
+                _log.error("the state directory can't be written to: %s", error)
+            finally:
+                ended.set()
+
+        self._nursery.start_soon(run)
+        with trio.move_on_after(limits.STATE_KEEP_SECONDS):
+            await ended.wait()
+        return done
+
+    async def _beat(self) -> None:
+        """Note the time, and store what is due."""
+        with self._beating:
+            while True:
+                await trio.sleep(limits.STATE_HEARTBEAT_SECONDS)
+                if self._attached and self._left_recorded:
+                    self._opened.heartbeat.beat()
+                for keeper in self._attached.values():
+                    if keeper.due:
+                        self._nursery.start_soon(_checkpoint, keeper)
 
     async def close(self) -> None:
         """End the background work and let go of the directory. All nodes are closed."""
+        self._beating.cancel()
+        await self._environment.commits.read(lambda _: self._opened.end())
+
+
+class Opened:
+    """What opening a directory gives, before anything goes on in it. Blocks."""
+
+    def __init__(self, path: str, disk: Disk, lock: DirectoryLock) -> None:
+        """Raises ``OSError`` and ``BlockdError``."""
+        self._lock = lock
+        self.database, damaged = open_database(os.path.join(path, "state.db"))
+        try:
+            if damaged:
+                _log.error("the database in '%s' is damaged: a new one is made", path)
+            self.images = load_images(self.database.images(), disk)
+            self.jobs = _jobs(self.database)
+            titles = (title.row for image in self.images.values() for title in image.bitmaps)
+            last = max([self.database.last_row(), *self.images, *titles])
+            self.rows: Iterator[int] = itertools.count(last + 1)
+            self.heartbeat = Heartbeat(disk)
+        except BaseException:
+            self.database.close()
+            raise
+
+    def end(self) -> None:
+        """Let go of all of it."""
+        self.heartbeat.end()
+        self.database.close()
+        self._lock.release()
+
+
+def _jobs(database: Database) -> list[tuple[str, Mapping[str, str]]]:
+    jobs: list[tuple[str, Mapping[str, str]]] = []
+    for job_id, body in database.jobs():
+        try:
+            jobs.append((job_id, unseal(body, JobRecord).facts))
+        except DamagedError:
+            jobs.append((job_id, {}))
+    return jobs
+
+
+async def _checkpoint(keeper: KeptImage) -> None:
+    with suppress(OSError):
+        await keeper.checkpoint()
+
+
+def _add(node: Node, found: Recovered) -> DirtyBitmap | None:
+    """Put a recovered bitmap into the node; None where the node has a better one."""
+    name = found.title.name
+    for there in node.bitmaps.list():
+        if there.name == name:
+            if not isinstance(there.state, Inconsistent):
+                return None
+            node.bitmaps.remove(name)
+    state = Recording(found.bits) if found.title.recording else Stopped(found.bits)
+    bitmap = node.bitmaps.add_kept(name, state, read_only=False)
+    bitmap.reason = found.reason
+    return bitmap

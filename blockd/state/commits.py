@@ -1,0 +1,88 @@
+"""Group commit: all changes that wait share one transaction, in one worker thread."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import trio
+
+from blockd.state.database import Database
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(eq=False, slots=True)
+class Pending:
+    """A change on its way into the database; many may wait for one.
+
+    ``begin`` is called, on the loop, as the transaction begins: nothing may be added to the
+    change any more.
+    """
+
+    apply: Callable[[sqlite3.Connection], None] = field(default=lambda _: None)
+    begin: Callable[[], None] = field(default=lambda: None)
+    queued: bool = False
+    ended: bool = False
+    error: OSError | None = None
+
+
+class Commits:
+    """The database, for tasks."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._waiting: list[Pending] = []
+        self._one = trio.Lock()
+        #: Transactions that have begun; for tests and measurements.
+        self.begun = 0
+
+    async def commit(self, change: Pending) -> None:
+        """Return once it is durable. Raises ``OSError``.
+
+        Shielded: a transaction that has begun takes effect. Nobody waits for more than the one
+        that is under way when he comes, and his own.
+        """
+        if not change.queued:
+            change.queued = True
+            self._waiting.append(change)
+        with trio.CancelScope(shield=True):
+            async with self._one:
+                if not change.ended:
+                    batch, self._waiting = self._waiting, []
+                    await self._run(batch)
+        if change.error is not None:
+            raise OSError(change.error.errno, change.error.strerror)
+
+    async def _run(self, batch: Sequence[Pending]) -> None:
+        self.begun += 1
+        for change in batch:
+            change.begin()
+        try:
+            await trio.to_thread.run_sync(self._commit, batch)
+        finally:
+            for change in batch:
+                change.ended = True
+
+    def _commit(self, batch: Sequence[Pending]) -> None:
+        """One that fails must not take the others with it: then each is tried alone."""
+        try:
+            self._database.commit(batch)
+        except OSError as error:
+            if len(batch) > 1:
+                for change in batch:
+                    self._commit([change])
+            else:
+                batch[0].error = error
+        except BaseException as error:
+            for change in batch:
+                change.error = OSError(errno.EIO, repr(error))
+            raise
+
+    async def read(self, call: Callable[[Database], _Result]) -> _Result:
+        """Run ``call`` in a thread while nothing is committed. Raises what it raises."""
+        async with self._one:
+            return await trio.to_thread.run_sync(call, self._database)

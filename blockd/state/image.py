@@ -1,0 +1,383 @@
+"""An image whose node is open, and what is kept of it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import msgspec
+import trio
+from pyroaring import BitMap64
+
+from blockd import limits
+from blockd.bitmap import DirtyBitmap, Inconsistent
+from blockd.block import Node
+from blockd.state import changes, marks
+from blockd.state.arming import Arming
+from blockd.state.changes import Apply
+from blockd.state.checkpoint import Storing, begin_storing, store_pieces, windows_of
+from blockd.state.commits import Pending
+from blockd.state.disk import Disk
+from blockd.state.environment import Environment
+from blockd.state.epoch import Epoch
+from blockd.state.epochs import delete_before, end_epoch, hold_place, make_epoch
+from blockd.state.journal import ImageJournal
+from blockd.state.places import identify
+from blockd.state.records import ArmedRow, BitmapRecord, BitmapTitle, Identity, ImageRecord
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is stored of a bitmap: the record, and the bitmap's version that it is of."""
+
+    record: BitmapRecord
+    version: int
+
+
+class KeptImage:
+    """Keeps the persistent bitmaps of one node, and has its journal.
+
+    At any instant, what is stored with the marks (or the armed regions) of the epochs since is a
+    superset of what is dirty: or else it is durable that this is not so ("poison").
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        node: Node,
+        record: ImageRecord,
+        kept: Mapping[DirtyBitmap, Kept],
+        *,
+        as_stored: bool,
+    ) -> None:
+        """``as_stored`` False: the bitmaps must be stored before the image is written to."""
+        self._environment = environment
+        self._commits = environment.commits
+        self.node = node
+        self.record = record
+        self._kept = dict(kept)
+        self._sound = as_stored
+        self.journal = ImageJournal(self._prepare)
+        self._arming = Arming(environment, self.journal, record.row)
+        #: Regions with marks in ended epochs that no checkpoint has stored yet.
+        self._unstored = BitMap64()
+        self._scan_all = True
+        self._changing = trio.Lock()
+        self._giving_up = trio.Lock()
+        self._begun = self._done = 0
+        self._failed = False
+        self._title_rows: dict[DirtyBitmap, int] = {}
+        #: Rows of pieces that nothing refers to any more.
+        self._garbage: list[int] = []
+        self._due = trio.current_time() + limits.STATE_CHECKPOINT_SECONDS
+
+    # -- what writes wait for ----------------------------------------------------------------
+
+    async def _prepare(self, offset: int, length: int) -> None:
+        """Do one of the things that the range's notes wait for. It never raises ``OSError``."""
+        try:
+            if self.journal.mark_error is not None:
+                raise self.journal.mark_error
+            if not self._sound:
+                await self.checkpoint()
+            elif (epoch := self._covering(offset + length)) is None:
+                await self._begin_for(offset + length)
+            elif not self.journal.is_armed(offset, length):
+                await self._arming.arm(epoch, offset, length)
+        except OSError as error:
+            await self._give_up(error)
+
+    def _covering(self, end: int) -> Epoch | None:
+        """The epoch, if there is one which was made for so large an image."""
+        epoch = self.journal.epoch
+        return epoch if epoch is not None and end <= epoch.size_bytes else None
+
+    async def _begin_for(self, end: int) -> None:
+        async with self._changing:
+            if self._covering(end) is None and not self.journal.lost:
+                await end_epoch(self._begin(await self._make_epoch()))
+
+    async def _give_up(self, error: OSError) -> None:
+        """Let writes pass although they can't be noted, once it is durable that this is so."""
+        async with self._giving_up:
+            epoch = self.journal.epoch
+            if self.journal.lost:
+                return
+            await self._poison(error)
+            # Another one may have begun meanwhile, in which it is worth trying.
+            if self.journal.epoch is epoch:
+                self.journal.give_up()
+
+    async def _poison(self, error: OSError) -> None:
+        epoch = self.journal.epoch
+        number = self.record.epoch if epoch is None else epoch.number
+        name = marks.marks_name(self.record.row, number)
+        try:
+            await trio.to_thread.run_sync(marks.poison, self._environment.disk, name)
+        except OSError as second:
+            _log.critical(
+                "node '%s': its bitmaps can't be kept, nor can that be recorded: %s; %s. If the "
+                "daemon is killed now, do a full backup",
+                self.node.name,
+                error,
+                second,
+            )
+        if not self._failed:
+            self._failed = True
+            self._environment.listener.storing_failed(self.node, str(error.strerror or error))
+
+    # -- epochs ------------------------------------------------------------------------------
+
+    async def _make_epoch(self) -> Epoch:
+        """The next epoch, which is recorded unless the bitmaps must be stored before."""
+        titles = [self._title(bitmap) for bitmap in self._persistent()]
+        epoch, self._opened = await make_epoch(
+            self._environment, self.node, self.record, titles, commit=self._sound
+        )
+        if self._sound:
+            self.record = self._opened
+        else:
+            self.record = msgspec.structs.replace(self.record, epoch=epoch.number)
+        return epoch
+
+    def _begin(self, epoch: Epoch) -> Epoch | None:
+        """The instant between two epochs; the result is the ended one."""
+        ended, lost = self.journal.epoch, self.journal.lost
+        if ended is not None:
+            if lost or ended.region_shift != epoch.region_shift:
+                self._scan_all = True
+            self._unstored |= ended.regions
+        self.journal.begin(epoch)
+        return ended
+
+    def _persistent(self) -> Sequence[DirtyBitmap]:
+        return [
+            bitmap
+            for bitmap in self.node.bitmaps.list()
+            if bitmap.persistent and not isinstance(bitmap.state, Inconsistent)
+        ]
+
+    def _title(self, bitmap: DirtyBitmap) -> BitmapTitle:
+        kept = self._kept.get(bitmap)
+        if kept is not None:
+            row = kept.record.title.row
+        else:
+            row = self._title_rows.setdefault(bitmap, next(self._environment.rows))
+        return BitmapTitle(row, bitmap.name, bitmap.granularity_bytes, bitmap.recording)
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    async def checkpoint(self) -> None:
+        """Store the bitmaps as they are at some instant from now on. Raises ``OSError``.
+
+        Those who wait while one is under way share the next.
+        """
+        wanted = self._begun + 1
+        async with self._changing:
+            if self._done >= wanted:
+                return
+            self._begun += 1
+            number, started = self._begun, trio.current_time()
+            try:
+                while await self._store():
+                    pass
+            except OSError as error:
+                _log.warning("node '%s': its bitmaps can't be stored: %s", self.node.name, error)
+                if self._owes():
+                    await self._give_up(error)
+                raise
+            finally:
+                self._pace(started)
+            self._done = number
+        if self._failed:
+            self._failed = False
+            self._environment.listener.storing_resumed(self.node)
+
+    def _owes(self) -> bool:
+        """Whether bitmaps have changed, but for guest writes, from what is stored."""
+        return not self._sound or any(
+            (kept := self._kept.get(bitmap)) is None
+            or kept.version != bitmap.version
+            or kept.record.title.recording != bitmap.recording
+            for bitmap in self._persistent()
+        )
+
+    async def _store(self) -> bool:
+        """One checkpoint; true where a bitmap changed meanwhile, so that one more is needed."""
+        epoch = await self._make_epoch()
+        ended = self._begin(epoch)
+        storings = [self._begin_storing(bitmap, epoch) for bitmap in self._persistent()]
+        size_bytes = self.node.size_bytes
+        armed = ArmedRow(epoch.region_shift, self.journal.armed.serialize())
+        try:
+            await end_epoch(ended)
+            for storing in storings:
+                await store_pieces(storing, self._commits, self._environment.rows)
+            stale = any(storing.stale for storing in storings)
+            if not (stale and not self._sound):
+                await self._flip(epoch, storings, None if stale else (size_bytes, armed))
+        except BaseException:
+            self._garbage += [row for storing in storings for row in storing.added]
+            raise
+        await self._collect(epoch.number if not stale else None)
+        return stale
+
+    def _begin_storing(self, bitmap: DirtyBitmap, epoch: Epoch) -> Storing:
+        kept = self._kept.get(bitmap)
+        old = kept.record if kept is not None and kept.version == bitmap.version else None
+        windows = None
+        if not self._scan_all:
+            shift, granularity_bytes = epoch.region_shift, bitmap.granularity_bytes
+            windows = windows_of(self._unstored, shift, granularity_bytes)
+        return begin_storing(bitmap, self._title(bitmap), epoch.number, old, windows)
+
+    async def _flip(
+        self, epoch: Epoch, storings: Sequence[Storing], whole: tuple[int, ArmedRow] | None
+    ) -> None:
+        """Make the new pieces those that count. ``whole``: what holds if none is stale."""
+        kept = {}
+        for storing in storings:
+            old = self._kept.get(storing.bitmap)
+            if not storing.stale:
+                pieces = tuple(storing.pieces[window] for window in sorted(storing.pieces))
+                record = msgspec.structs.replace(storing.record, pieces=pieces)
+                kept[storing.bitmap] = Kept(record, storing.version)
+            elif old is not None:
+                kept[storing.bitmap] = old
+        records = [each.record for each in kept.values()]
+        image = msgspec.structs.replace(
+            self.record if self._sound else self._opened,
+            bitmaps=tuple(record.title for record in records),
+        )
+        image_row = image.row
+        steps = [changes.put_bitmaps(image_row, records)]
+        if whole is not None:
+            size_bytes, armed = whole
+            image = msgspec.structs.replace(image, size_bytes=size_bytes, since=epoch.number)
+            number = next(self._environment.rows)
+            steps.append(changes.disarm(image_row, epoch.number))
+            steps.append(changes.put_armed(image_row, number, epoch.number, armed))
+        await self._commits.commit(Pending(changes.all_of(changes.put_image(image), *steps)))
+        self._settle(image, kept, storings, whole=whole is not None)
+
+    def _settle(
+        self,
+        image: ImageRecord,
+        kept: dict[DirtyBitmap, Kept],
+        storings: Sequence[Storing],
+        *,
+        whole: bool,
+    ) -> None:
+        """The commit is durable: go by it."""
+        for storing in storings:
+            self._garbage += storing.added if storing.stale else storing.obsolete
+        used = {ref.row for each in kept.values() for ref in each.record.pieces}
+        for old in self._kept.values():
+            self._garbage += [ref.row for ref in old.record.pieces if ref.row not in used]
+        self._garbage = [row for row in dict.fromkeys(self._garbage) if row not in used]
+        self.record, self._kept = image, kept
+        if whole:
+            self._sound = True
+            self._scan_all = False
+            self._unstored = BitMap64()
+
+    async def _collect(self, epoch: int | None) -> None:
+        """Delete what is of no use any more; what can't be stays, and does no harm."""
+        with suppress(OSError):
+            while self._garbage:
+                rows = self._garbage[: limits.STATE_DELETE_PIECES]
+                await self._commits.commit(Pending(changes.delete_pieces(rows)))
+                del self._garbage[: len(rows)]
+        if epoch is not None:
+            await trio.to_thread.run_sync(
+                delete_before, self._environment.disk, self.record.row, epoch
+            )
+
+    def _pace(self, started: float) -> None:
+        took = trio.current_time() - started
+        rest = max(limits.STATE_CHECKPOINT_SECONDS, took / limits.STATE_CHECKPOINT_SHARE)
+        self._due = trio.current_time() + rest
+
+    @property
+    def due(self) -> bool:
+        """Whether a checkpoint would be of use, and is not too much."""
+        if self._changing.locked():
+            return False
+        if self._failed or self._owes():
+            return trio.current_time() >= self._due - max(
+                0, limits.STATE_CHECKPOINT_SECONDS - limits.STATE_RETRY_SECONDS
+            )
+        epoch = self.journal.epoch
+        idle = not self.record.open if epoch is None else not (self.journal.armed or epoch.regions)
+        return not idle and trio.current_time() >= self._due
+
+    # -- the end -----------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def closing(self) -> AsyncIterator[None]:
+        """As ``StateDirectory.closing``."""
+        # Nobody else may change the image before it is recorded how it was left.
+        fd: int | None = None
+        try:
+            if stored := await self._store_last():
+                with suppress(OSError):
+                    _, fd = hold_place(self.node)
+            yield
+            if stored and fd is not None:
+                await self._record_closed(fd)
+                stored = False
+        finally:
+            ended = self.journal.epoch
+            self.journal.end()
+            with trio.CancelScope(shield=True):
+                if stored:
+                    # Nobody would find out what is done to the image from now on.
+                    await self._poison(OSError(errno.EIO, "the image was not closed cleanly"))
+                await end_epoch(ended)
+                if fd is not None:
+                    await trio.to_thread.run_sync(os.close, fd)
+
+    async def _store_last(self) -> bool:
+        """Whether the image is to be recorded as closed, for its bitmaps are stored."""
+        epoch = self.journal.epoch
+        if not self.record.open and not self._owes():
+            return False
+        try:
+            if epoch is None or epoch.regions or self._unstored or self._scan_all or self._owes():
+                await self.checkpoint()
+        except OSError as error:
+            await self._give_up(error)
+            return False
+        return True
+
+    async def _record_closed(self, fd: int) -> None:
+        try:
+            identity = await trio.to_thread.run_sync(_sync_and_identify, fd)
+            await self._commits.commit(Pending(self._closing_change(identity)))
+        except OSError as error:
+            await self._poison(error)
+            return
+        names = marks.marks_name(self.record.row, self.record.epoch)
+        drop = marks.drop_marks if self._kept else Disk.unlink
+        with suppress(OSError):
+            await trio.to_thread.run_sync(drop, self._environment.disk, names)
+
+    def _closing_change(self, identity: Identity) -> Apply:
+        if not self._kept:
+            return changes.forget_image(self.record.row)
+        record = msgspec.structs.replace(self.record, open=False, identity=identity)
+        disarm = changes.disarm(record.row, record.epoch + 1)
+        self.record = record
+        return changes.all_of(changes.put_image(record), disarm)
+
+
+def _sync_and_identify(fd: int) -> Identity:
+    """The times, too, are what they will be after a power cut."""
+    os.fsync(fd)
+    return identify(fd)

@@ -1,0 +1,135 @@
+"""Reading back what a state directory has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+import trio
+
+from blockd.bitmap import Bits
+from blockd.state import marks
+from blockd.state.commits import Commits
+from blockd.state.database import Database, Details, ImageRow
+from blockd.state.disk import Disk
+from blockd.state.records import (
+    ArmedRow,
+    BitmapRecord,
+    DamagedError,
+    ImageRecord,
+    unseal,
+)
+from blockd.state.recovery import Circumstances, Recovery, Stored, read_bits, recover
+
+_log = logging.getLogger(__name__)
+
+
+def load_images(rows: Iterable[ImageRow], disk: Disk) -> dict[int, ImageRecord]:
+    """All images, by row. One whose record is lost or damaged is what its marks file says it was.
+
+    Raises ``OSError`` where not even the names of the files can be read.
+    """
+    images: dict[int, ImageRecord] = {}
+    for row in rows:
+        try:
+            images[row.row] = unseal(row.body, ImageRecord)
+        except DamagedError:
+            _log.error("the record of image %d is damaged", row.row)
+    for image_row, image in _titled(disk).items():
+        if image_row not in images and image.bitmaps:
+            _log.error("'%s': the record is lost, so its bitmaps will be all dirty", image.key)
+            images[image_row] = msgspec.structs.replace(image, damaged=True)
+    return images
+
+
+def _titled(disk: Disk) -> dict[int, ImageRecord]:
+    """The images as their latest marks files have them."""
+    epochs: dict[int, list[int]] = {}
+    for name in disk.names():
+        if parsed := marks.parse_name(name):
+            epochs.setdefault(parsed[0], []).append(parsed[1])
+    found = {}
+    for image_row, numbers in epochs.items():
+        for epoch in sorted(numbers, reverse=True):
+            try:
+                header = marks.read_header(disk, marks.marks_name(image_row, epoch))
+            except (OSError, DamagedError):
+                continue
+            found[image_row] = header.image
+            break
+    return found
+
+
+async def recover_image(
+    image: ImageRecord, now: Circumstances, commits: Commits, disk: Disk
+) -> Recovery:
+    """Read all that is kept of an image, and make its bitmaps of it. Never raises ``OSError``.
+
+    Others commit in between: one bitmap is read at a time.
+    """
+    bitmaps: dict[int, tuple[BitmapRecord, Bits]] = {}
+    armed: Sequence[ArmedRow] | None = None
+    try:
+        details = await commits.read(lambda database: database.details(image.row))
+        records, armed = _records(details), _armed(details)
+    except OSError as error:
+        _log.error("'%s': its bitmaps can't be read: %s", image.key, error)
+        records = []
+    for record in records:
+        bits = await _read_bitmap(record, now.size_bytes, commits)
+        if bits is not None:
+            bitmaps[record.title.row] = record, bits
+    found = await trio.to_thread.run_sync(_read_marks, disk, image.row)
+    stored = Stored(image, bitmaps, armed, found)
+    return await trio.to_thread.run_sync(recover, stored, now)
+
+
+def _records(details: Details) -> list[BitmapRecord]:
+    records = []
+    for row, body in details.bitmaps:
+        try:
+            record = unseal(body, BitmapRecord)
+        except DamagedError:
+            continue
+        if record.title.row == row:
+            records.append(record)
+    return records
+
+
+def _armed(details: Details) -> Sequence[ArmedRow] | None:
+    if len(details.armed) != details.armed_rows:
+        return None
+    try:
+        return [unseal(body, ArmedRow) for _, body in details.armed]
+    except DamagedError:
+        return None
+
+
+async def _read_bitmap(record: BitmapRecord, size_bytes: int, commits: Commits) -> Bits | None:
+    def read(database: Database) -> Bits | None:
+        rows = [ref.row for ref in record.pieces]
+        return read_bits(record, database.pieces(rows), size_bytes)
+
+    try:
+        return await commits.read(read)
+    except OSError as error:
+        _log.error("bitmap '%s' can't be read: %s", record.title.name, error)
+        return None
+
+
+def _read_marks(disk: Disk, image_row: int) -> Mapping[int, marks.Marks | None]:
+    found: dict[int, marks.Marks | None] = {}
+    try:
+        names = disk.names()
+    except OSError:
+        return found
+    for name in names:
+        parsed = marks.parse_name(name)
+        if parsed is not None and parsed[0] == image_row:
+            try:
+                found[parsed[1]] = marks.read(disk, name)
+            except (OSError, DamagedError) as error:
+                _log.error("the marks file '%s' can't be read: %s", name, error)
+                found[parsed[1]] = None
+    return found

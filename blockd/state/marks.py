@@ -1,0 +1,154 @@
+"""Marks files: which granules of an image were written to in one epoch.
+
+    a sealed ``MarksHeader`` behind a magic of 8 bytes and its length (4 bytes, little-endian),
+        padded to whole blocks of 4 KiB: written once, and durable before the epoch begins
+    one block of zeroes; anything else in it says that not all writes of the epoch are marked,
+        nor their regions armed: "poison"
+    one bit for each granule, the lowest first
+
+Marks reach the page cache before the data reaches the image, and are not synced: after a kill they
+are all there, after a power cut the armed regions tell instead.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import msgspec
+
+from blockd.state.disk import Disk
+from blockd.state.records import DamagedError, ImageRecord, seal, unseal
+
+BLOCK_BYTES = 4096
+_MAGIC = b"blkdmk\x00\x01"
+_LENGTH = struct.Struct("<I")
+_SEALED_AT = len(_MAGIC) + _LENGTH.size
+_POISON = b"\xff"
+
+
+class MarksHeader(msgspec.Struct, frozen=True):
+    """``image`` as it was when the epoch began."""
+
+    image: ImageRecord
+    epoch: int
+    boot_id: str
+    shift: int
+    mark_bytes: int
+
+    @property
+    def name(self) -> str:
+        return marks_name(self.image.row, self.epoch)
+
+
+def marks_name(image_row: int, epoch: int) -> str:
+    return f"{image_row}.{epoch}"
+
+
+def parse_name(name: str) -> tuple[int, int] | None:
+    """The image and the epoch of a marks file; None where it is another one."""
+    image, dot, epoch = name.partition(".")
+    if dot and image.isdecimal() and epoch.isdecimal():
+        return int(image), int(epoch)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class MarksFile:
+    """A marks file that is open, and where its marks begin."""
+
+    header: MarksHeader
+    fd: int
+    marks_at: int
+
+
+def create(disk: Disk, header: MarksHeader) -> MarksFile:
+    """Make the file, durably. Raises ``OSError``; then it may be there or not."""
+    sealed = seal(header)
+    head = _MAGIC + _LENGTH.pack(len(sealed)) + sealed
+    poison_at = -(-len(head) // BLOCK_BYTES) * BLOCK_BYTES
+    marks_at = poison_at + BLOCK_BYTES
+    fd = disk.create(header.name, marks_at + header.mark_bytes)
+    try:
+        disk.write(fd, head, 0)
+        disk.sync(fd)
+        disk.sync_names()
+    except BaseException:
+        with suppress(OSError):
+            disk.close(fd)
+        raise
+    return MarksFile(header, fd, marks_at)
+
+
+def poison(disk: Disk, name: str) -> None:
+    """Say durably that the file does not tell all: inside it, or else by removing it.
+
+    Raises ``OSError`` where neither can be done.
+    """
+    try:
+        with _opened(disk, name) as fd:
+            _, marks_at = _read_header(disk, fd)
+            disk.write(fd, _POISON, marks_at - BLOCK_BYTES)
+            disk.sync(fd)
+    except FileNotFoundError:
+        disk.sync_names()
+    except (OSError, DamagedError):
+        disk.unlink(name)
+        disk.sync_names()
+
+
+def drop_marks(disk: Disk, name: str) -> None:
+    """Keep only the header, of an image that is closed cleanly. Raises ``OSError``."""
+    with suppress(DamagedError), _opened(disk, name) as fd:
+        _, marks_at = _read_header(disk, fd)
+        disk.truncate(fd, marks_at)
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What a marks file tells. ``marks`` may be short: the rest is not marked."""
+
+    header: MarksHeader
+    poisoned: bool
+    marks: bytes
+
+
+def read(disk: Disk, name: str) -> Marks:
+    """Read a whole file. Raises ``OSError`` and ``DamagedError``."""
+    with _opened(disk, name) as fd:
+        # An error of the kernel's own writing, which lost marks, comes to light here.
+        disk.sync(fd)
+        header, marks_at = _read_header(disk, fd)
+        if header.name != name:
+            raise DamagedError(f"the marks file '{name}' is another's")
+        block = disk.read(fd, BLOCK_BYTES, marks_at - BLOCK_BYTES)
+        return Marks(
+            header, block != bytes(BLOCK_BYTES), disk.read(fd, header.mark_bytes, marks_at)
+        )
+
+
+def read_header(disk: Disk, name: str) -> MarksHeader:
+    """Raises ``OSError`` and ``DamagedError``."""
+    with _opened(disk, name) as fd:
+        return _read_header(disk, fd)[0]
+
+
+def _read_header(disk: Disk, fd: int) -> tuple[MarksHeader, int]:
+    head = disk.read(fd, _SEALED_AT, 0)
+    if len(head) < _SEALED_AT or not head.startswith(_MAGIC):
+        raise DamagedError("not a marks file")
+    (length,) = _LENGTH.unpack_from(head, len(_MAGIC))
+    header = unseal(disk.read(fd, length, _SEALED_AT), MarksHeader)
+    poison_at = -(-(_SEALED_AT + length) // BLOCK_BYTES) * BLOCK_BYTES
+    return header, poison_at + BLOCK_BYTES
+
+
+@contextmanager
+def _opened(disk: Disk, name: str) -> Iterator[int]:
+    fd = disk.open(name)
+    try:
+        yield fd
+    finally:
+        disk.close(fd)

@@ -1,0 +1,215 @@
+"""What becomes of stored bitmaps when their image is opened again: a function of what is found.
+
+    closed cleanly, and the same as then      the stored bits
+    open, in this boot                        with the marks of all epochs since they were stored
+    open, before this boot                    with the armed regions
+    written to, or replaced, by others        all dirty: image-changed
+    another size                              all dirty: size-changed
+    something kept of it is damaged           all dirty: state-damaged
+
+Bits only err to dirty. Disabled bitmaps take no marks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pyroaring import BitMap64
+
+from blockd import limits
+from blockd.bitmap import Bits, DamagedPieceError, Reason, piece_sum, unpack_piece
+from blockd.state.marks import Marks
+from blockd.state.records import ArmedRow, BitmapRecord, BitmapTitle, Identity, ImageRecord
+
+_NS = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """How the image is found; ``moved``: by its identity, at another place than it was."""
+
+    identity: Identity
+    size_bytes: int
+    moved: bool
+    boot_id: str
+    boot_time_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """All that is kept of an image, as far as it can be read.
+
+    ``bitmaps``: by the row in their titles, with the bits of their pieces, which are given away;
+    those that are damaged are not there. ``armed`` None: not all rows are there. ``marks``: by
+    epoch; a file that is damaged is None, one that is not there is not.
+    """
+
+    image: ImageRecord
+    bitmaps: Mapping[int, tuple[BitmapRecord, Bits]]
+    armed: Sequence[ArmedRow] | None
+    marks: Mapping[int, Marks | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """One bitmap; ``record`` is what its pieces are stored as, None where they are of no use."""
+
+    title: BitmapTitle
+    rank: int
+    bits: Bits
+    reason: Reason | None
+    record: BitmapRecord | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """``as_stored``: nothing has to be stored anew before the image may be written to."""
+
+    bitmaps: Sequence[Recovered]
+    as_stored: bool
+
+
+def recover(stored: Stored, now: Circumstances) -> Recovery:
+    """The bitmaps as they are to be, the oldest first."""
+    reason = _judge_image(stored.image, now) or _judge_state(stored)
+    touched = None if reason else _touched(stored, now)
+    if reason is None and stored.image.open and touched is None:
+        reason = Reason.STATE_DAMAGED
+    bitmaps = [
+        _recover_bitmap(stored, title, now, reason, touched) for title in stored.image.bitmaps
+    ]
+    bitmaps.sort(key=lambda bitmap: bitmap.rank)
+    return Recovery(bitmaps, all(each.record is not None for each in bitmaps))
+
+
+def _judge_image(image: ImageRecord, now: Circumstances) -> Reason | None:
+    same_boot = image.boot_id == now.boot_id
+    if image.size_bytes != now.size_bytes:
+        return Reason.SIZE_CHANGED
+    if not image.identity.same_storage(now.identity, same_boot=same_boot):
+        return Reason.IMAGE_CHANGED
+    if image.open:
+        changed = _changed_since(image, now, same_boot=same_boot)
+    else:
+        changed = _differs(image.identity, now)
+    return Reason.IMAGE_CHANGED if changed else None
+
+
+def _differs(then: Identity, now: Circumstances) -> bool:
+    """Whether an image that was closed cleanly is another; to be moved is to change the inode."""
+    if (then.size_bytes, then.changed_ns) != (now.identity.size_bytes, now.identity.changed_ns):
+        return True
+    return not now.moved and then.inode_changed_ns != now.identity.inode_changed_ns
+
+
+def _changed_since(image: ImageRecord, now: Circumstances, *, same_boot: bool) -> bool:
+    """Whether an image that was open was written to after our daemon had gone."""
+    if not same_boot:
+        return now.identity.changed_ns > now.boot_time_ns
+    late_ns = limits.STATE_HEARTBEAT_LATE_SECONDS * _NS
+    return now.identity.changed_ns > (image.left_ns or 0) + late_ns
+
+
+def _judge_state(stored: Stored) -> Reason | None:
+    """Whether what must be there of the image as a whole is there, and sound."""
+    image = stored.image
+    if image.damaged:
+        return Reason.STATE_DAMAGED
+    for epoch in _needed(stored):
+        marks = stored.marks.get(epoch)
+        if marks is None or marks.poisoned:
+            return Reason.STATE_DAMAGED
+    for epoch, marks in stored.marks.items():
+        # Nothing is marked before the record says that the epoch has begun.
+        if epoch > image.epoch and marks is not None and (marks.poisoned or any(marks.marks)):
+            return Reason.STATE_DAMAGED
+    return None
+
+
+def _needed(stored: Stored) -> range:
+    """The epochs whose marks files must be there."""
+    image = stored.image
+    if not image.open:
+        return range(image.epoch, image.epoch + 1)
+    since = min((record.epoch for record, _ in stored.bitmaps.values()), default=image.epoch)
+    return range(max(since, image.since), image.epoch + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Touched:
+    """What was written to while the image was open: by epoch, or as far as it was armed."""
+
+    marks: Mapping[int, Bits]
+    armed: Bits | None
+
+    def add_to(self, bits: Bits, epoch: int) -> None:
+        for marked_in, marked in self.marks.items():
+            if marked_in >= epoch:
+                bits.merge(marked)
+        if self.armed is not None:
+            bits.merge(self.armed)
+
+
+def _touched(stored: Stored, now: Circumstances) -> _Touched | None:
+    """None where it is not known."""
+    image = stored.image
+    if not image.open:
+        return _Touched({}, None)
+    marks = {
+        epoch: found
+        for epoch, found in stored.marks.items()
+        if found is not None and found.header.boot_id == now.boot_id and epoch >= image.since
+    }
+    marked = {epoch: _marked(found, now.size_bytes) for epoch, found in marks.items()}
+    if all(epoch in marks for epoch in _needed(stored)):
+        return _Touched(marked, None)
+    if stored.armed is None:
+        return None
+    armed = Bits(now.size_bytes, limits.STATE_REGION_BYTES)
+    for row in stored.armed:
+        regions = Bits(now.size_bytes, 1 << row.shift)
+        regions.add_granules(BitMap64.deserialize(row.regions))
+        armed.merge(regions)
+    return _Touched(marked, armed)
+
+
+def _marked(marks: Marks, size_bytes: int) -> Bits:
+    bits = Bits(size_bytes, 1 << marks.header.shift)
+    bits.add_packed(0, marks.marks)
+    return bits
+
+
+def _recover_bitmap(
+    stored: Stored,
+    title: BitmapTitle,
+    now: Circumstances,
+    reason: Reason | None,
+    touched: _Touched | None,
+) -> Recovered:
+    found = stored.bitmaps.get(title.row)
+    rank = title.row if found is None else found[0].rank
+    if reason is None and found is not None and touched is not None:
+        record, bits = found
+        if record.title.recording:
+            touched.add_to(bits, record.epoch)
+        return Recovered(title, rank, bits, record.reason, record)
+    bits = Bits(now.size_bytes, title.granularity_bytes)
+    bits.mark_all()
+    return Recovered(title, rank, bits, reason or Reason.STATE_DAMAGED, None)
+
+
+def read_bits(record: BitmapRecord, pieces: Iterable[bytes | None], size_bytes: int) -> Bits | None:
+    """The bits of a bitmap's pieces, which come in the record's order; None for damaged ones."""
+    bits = Bits(size_bytes, record.title.granularity_bytes)
+    for ref, piece in zip(record.pieces, pieces, strict=True):
+        try:
+            if piece is None:
+                return None
+            granules = unpack_piece(ref.window, piece)
+        except DamagedPieceError:
+            return None
+        if piece_sum(piece) != ref.sum or len(granules) != ref.count:
+            return None
+        bits.add_granules(granules)
+    return bits

@@ -1,0 +1,128 @@
+"""A state directory under nodes over real files: what comes back, after what end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import trio
+
+from blockd.errors import BlockdError
+from blockd.state import StateDirectory
+from tests.helpers.state_rig import DATA, GRANULE, REGION, SIZE, Heard, daemon, dirty, make_image
+
+ALL = set(range(SIZE // GRANULE))
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    return make_image(tmp_path / "disk.img")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+async def test_a_clean_close_gives_the_bitmaps_back_as_they_were(path: Path, image: Path) -> None:
+    async with daemon(path, image) as first:
+        node = await first.node()
+        await first.add(node, "on")
+        await first.add(node, "off", 2 * GRANULE)
+        await node.write(3 * GRANULE, DATA)
+        node.bitmaps.get("off").disable()
+        assert await first.state.keep(node)
+        await node.write(9 * GRANULE, DATA)
+        await first.close(node)
+    async with daemon(path, image, boot_id="another") as second:
+        node = await second.node()
+        assert dirty(node, "on") == {3, 9}
+        assert dirty(node, "off") == {1}
+        assert [bitmap.name for bitmap in node.bitmaps.list()] == ["off", "on"]
+        assert [bitmap.recording for bitmap in node.bitmaps.list()] == [False, True]
+        assert second.heard.recovered == []
+        await second.close(node)
+
+
+async def test_after_a_kill_the_bits_are_exact(path: Path, image: Path) -> None:
+    async with daemon(path, image) as first:
+        node = await first.node()
+        bitmap = await first.add(node)
+        await node.write(0, DATA)
+        freeze = bitmap.freeze("job")
+        await node.write(5 * GRANULE, DATA)
+        freeze.abdicate()
+        await first.state.keep(node)
+        await node.write(7 * GRANULE, DATA)
+        node.write_nowait(8 * GRANULE, DATA)
+        killed = first.after_kill()
+        async with daemon(killed, image) as second:
+            node = await second.node()
+            assert dirty(node) == {5, 7, 8}
+            assert second.heard.recovered == []
+            # Once more, without a checkpoint in between.
+            await node.write(11 * GRANULE, DATA)
+            async with daemon(second.after_kill(), image) as third:
+                assert dirty(await third.node()) == {5, 7, 8, 11}
+
+
+async def test_after_a_power_cut_no_more_is_dirty_than_was_armed(path: Path, image: Path) -> None:
+    async with daemon(path, image) as first:
+        node = await first.node()
+        await first.add(node)
+        await node.write(0, DATA)
+        await first.state.keep(node)
+        await first.state.keep(node)
+        await node.write(2 * REGION, DATA)
+        os.utime(image, ns=(0, 0))
+        async with daemon(first.after_kill(), image, boot_id="next") as second:
+            per_region = REGION // GRANULE
+            assert dirty(await second.node()) == {0, *range(2 * per_region, 3 * per_region)}
+
+
+async def test_an_image_that_was_changed_while_closed(path: Path, image: Path) -> None:
+    async with daemon(path, image) as first:
+        node = await first.node()
+        await first.add(node)
+        await first.close(node)
+        image.write_bytes(b"changed".ljust(SIZE, b"\0"))
+        node = await first.node()
+        assert first.heard.recovered == [("b", "image-changed")]
+        assert dirty(node) == ALL
+        await first.close(node)
+        # It stays all dirty, for the same reason, until something is done about it.
+        node = await first.node()
+        assert dirty(node) == ALL
+        assert first.heard.recovered == [("b", "image-changed")] * 2
+        node.bitmaps.get("b").clear()
+        await first.close(node)
+        node = await first.node()
+        assert dirty(node) == set()
+        assert len(first.heard.recovered) == 2
+
+
+async def test_an_image_that_was_renamed_is_found(path: Path, image: Path) -> None:
+    async with daemon(path, image) as first:
+        node = await first.node()
+        await first.add(node)
+        await node.write(0, DATA)
+        await first.close(node)
+        moved = image.with_name("moved.img")
+        image.rename(moved)
+        node = await first.node(moved)
+        assert dirty(node) == {0}
+        assert first.heard.recovered == []
+        await node.write(GRANULE, DATA)
+        await first.close(node)
+        node = await first.node(moved)
+        assert dirty(node) == {0, 1}
+
+
+async def test_a_second_daemon_is_refused_by_name(path: Path, nursery: trio.Nursery) -> None:
+    first = await StateDirectory.open(str(path), nursery, Heard())
+    with pytest.raises(BlockdError, match=f"in use by another blockd .process {os.getpid()}.$"):
+        await StateDirectory.open(str(path), nursery, Heard())
+    await first.close()
+    second = await StateDirectory.open(str(path), nursery, Heard())
+    await second.close()

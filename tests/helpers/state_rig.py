@@ -1,0 +1,124 @@
+"""A state directory under a node over a real file, which can be left as a kill would leave it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import trio
+
+from blockd.bitmap import Bits, DirtyBitmap
+from blockd.block import FileDriver, Node
+from blockd.state import StateDirectory
+from blockd.state.directory import Opened
+from blockd.state.disk import Disk, HostDisk
+from blockd.state.host import Boot
+from blockd.state.lock import DirectoryLock
+
+SIZE = 256 * 1024 * 1024
+GRANULE = 65536
+REGION = 16 * 1024 * 1024
+DATA = memoryview(b"x" * 512)
+
+
+@dataclass
+class Heard:
+    """A listener that keeps what it hears."""
+
+    recovered: list[tuple[str, str | None]] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    resumed: int = 0
+
+    def bitmap_recovered(self, node: Node, bitmap: DirtyBitmap) -> None:
+        self.recovered.append((bitmap.name, bitmap.reason and bitmap.reason.value))
+
+    def storing_failed(self, node: Node, reason: str) -> None:
+        self.failed.append(reason)
+
+    def storing_resumed(self, node: Node) -> None:
+        self.resumed += 1
+
+
+def open_node(image: Path, *, name: str = "n") -> Node:
+    # Without its lock: what comes after a "kill" must not wait for this one.
+    fd = os.open(image, os.O_RDWR | os.O_CLOEXEC)
+    driver = FileDriver(fd, filename=str(image), read_only=False, unmap=True, flushes=True)
+    return Node(name, driver)
+
+
+def make_image(path: Path, size_bytes: int = SIZE) -> Path:
+    with path.open("wb") as file:
+        file.truncate(size_bytes)
+    return path
+
+
+@dataclass
+class Daemon:
+    """What one daemon has: its state directory, and what that told."""
+
+    state: StateDirectory
+    heard: Heard
+    path: Path
+    image: Path
+    _copies: count[int] = field(default_factory=count)
+
+    async def node(self, image: Path | None = None, *, name: str = "n") -> Node:
+        """A node over the image, with its bitmaps."""
+        node = open_node(image or self.image, name=name)
+        await self.state.attach(node)
+        return node
+
+    async def close(self, node: Node) -> None:
+        async with self.state.closing(node):
+            await node.driver.close()
+
+    async def add(self, node: Node, name: str = "b", granularity_bytes: int = GRANULE) -> Bitmap:
+        """A new bitmap that is kept."""
+        bitmap = node.bitmaps.add(name, granularity_bytes)
+        bitmap.persistent = True
+        assert await self.state.keep(node)
+        return bitmap
+
+    def after_kill(self) -> Path:
+        """The state directory as a kill at this instant leaves it."""
+        copy = self.path.with_name(f"{self.path.name}-killed-{next(self._copies)}")
+        shutil.copytree(self.path, copy)
+        return copy
+
+
+Bitmap = DirtyBitmap
+
+
+@asynccontextmanager
+async def daemon(
+    path: Path, image: Path, *, boot_id: str = "boot", disk: Disk | None = None
+) -> AsyncIterator[Daemon]:
+    """A daemon without the rest. At the end nodes that are still open are let go of."""
+    os.makedirs(path, exist_ok=True)
+    heard = Heard()
+    async with trio.open_nursery() as nursery:
+        disk = disk or HostDisk(str(path / "marks"))
+        opened = Opened(str(path), disk, DirectoryLock(str(path)))
+        state = StateDirectory(nursery, heard, opened, Boot(boot_id, 0), disk)
+        await state.begin()
+        yield Daemon(state, heard, path, image)
+        await state.close()
+        nursery.cancel_scope.cancel()
+
+
+def granules(bits: Bits) -> set[int]:
+    size = bits.granularity_bytes
+    return {
+        granule
+        for extent in bits.extents()
+        for granule in range(extent.offset // size, -(-extent.end // size))
+    }
+
+
+def dirty(node: Node, name: str = "b") -> set[int]:
+    return granules(node.bitmaps.get(name).copy_bits())
