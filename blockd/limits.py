@@ -65,6 +65,9 @@ STATE_DELETE_PIECES = 64
 #: share of the time that may take.
 STATE_CHECKPOINT_SECONDS = 60
 STATE_CHECKPOINT_SHARE = 0.1
+#: Epochs whose marks files may be there at once: a command stores the bitmaps that it changed, and
+#: the others need the marks that they have not been stored with yet.
+STATE_EPOCHS = 8
 #: How often storing is tried again while it fails.
 STATE_RETRY_SECONDS = 10
 #: How long the answer to a command waits until what it did is stored: commits on a healthy disk

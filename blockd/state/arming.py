@@ -50,9 +50,9 @@ class Arming:
         def begin() -> None:
             self._next, batch.epoch = None, self._journal.epoch
             number = -1 if batch.epoch is None else batch.epoch.number
-            row = ArmedRow(shift, batch.regions.serialize())
+            row = ArmedRow(number, shift, batch.regions.serialize())
             id_ = next(self._environment.rows)
-            batch.pending.apply = changes.put_armed(self._image, id_, number, row)
+            batch.pending.apply = changes.put_armed(self._image, id_, row)
 
         batch = _Batch(Pending(begin=begin), shift)
         return batch

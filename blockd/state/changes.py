@@ -24,11 +24,11 @@ def put_image(image: ImageRecord) -> Apply:
     return apply
 
 
-def put_armed(image: int, row: int, epoch: int, armed: ArmedRow) -> Apply:
-    body = seal(armed)
+def put_armed(image: int, row: int, armed: ArmedRow) -> Apply:
+    values = (image, row, armed.epoch, seal(armed))
 
     def apply(connection: sqlite3.Connection) -> None:
-        connection.execute("INSERT INTO armed VALUES (?, ?, ?, ?)", (image, row, epoch, body))
+        connection.execute("INSERT INTO armed VALUES (?, ?, ?, ?)", values)
         connection.execute("UPDATE image SET armed_rows = armed_rows + 1 WHERE id = ?", (image,))
 
     return apply
@@ -63,14 +63,15 @@ def delete_pieces(rows: Sequence[int]) -> Apply:
     return apply
 
 
-def put_bitmaps(image: int, bitmaps: Sequence[BitmapRecord]) -> Apply:
-    """Keep these records, and those of no others."""
+def put_bitmaps(image: int, bitmaps: Sequence[BitmapRecord], gone: Sequence[BitmapRecord]) -> Apply:
+    """Keep these records, and forget those of ``gone``."""
 
     def apply(connection: sqlite3.Connection) -> None:
         # Made here and not before, since it takes the loop milliseconds.
         rows = [(bitmap.title.row, image, seal(bitmap)) for bitmap in bitmaps]
-        connection.execute("DELETE FROM bitmap WHERE image = ?", (image,))
         connection.executemany("INSERT OR REPLACE INTO bitmap VALUES (?, ?, ?)", rows)
+        forgotten = [(bitmap.title.row,) for bitmap in gone]
+        connection.executemany("DELETE FROM bitmap WHERE id = ?", forgotten)
 
     return apply
 

@@ -53,7 +53,8 @@ class StateDirectory:
         self._unfinished_jobs = opened.jobs
         self._attached: dict[Node, KeptImage] = {}
         self._attaching = trio.Lock()
-        commits = Commits(opened.database)
+        #: For measurements.
+        self.commits = commits = Commits(opened.database)
         self._environment = Environment(disk, commits, opened.rows, boot.boot_id, listener)
         #: Else the time of the daemon before this one is the only record of when it ended.
         self._left_recorded = False
@@ -207,7 +208,7 @@ class StateDirectory:
                 async with self._attaching:
                     keeper = self._attached.get(node) or await self._adopt(node)
             if keeper is not None:
-                await keeper.checkpoint()
+                await keeper.checkpoint(whole=False)
 
         return await self._bounded(store)
 

@@ -10,6 +10,8 @@ from blockd.state import marks
 from blockd.state.disk import Disk
 from blockd.state.records import region_shift
 
+_BYTES = [bytes((value,)) for value in range(256)]
+
 
 class Epoch:
     """The marks since the epoch began. Granules are ``1 << shift`` bytes."""
@@ -34,6 +36,17 @@ class Epoch:
 
     def mark(self, offset: int, length: int) -> None:
         """Mark all granules of the range. Raises ``OSError``, having marked nothing in memory."""
+        granule = offset >> self.shift
+        if granule == (offset + length - 1) >> self.shift:
+            at = granule >> 3
+            byte = self.mirror[at] | 1 << (granule & 7)
+            self._disk.write(self._file.fd, _BYTES[byte], self._file.marks_at + at)
+            self.mirror[at] = byte
+            self.regions.add(offset >> self.region_shift)
+        else:
+            self._mark_run(offset, length)
+
+    def _mark_run(self, offset: int, length: int) -> None:
         at, mask, size = self._place(offset, length)
         bits = int.from_bytes(self.mirror[at : at + size], "little") | mask
         data = bits.to_bytes(size, "little")
@@ -41,10 +54,7 @@ class Epoch:
         self.mirror[at : at + size] = data
         first = offset >> self.region_shift
         last = (offset + length - 1) >> self.region_shift
-        if first == last:
-            self.regions.add(first)
-        else:
-            self.regions.add_range(first, last + 1)
+        self.regions.add_range(first, last + 1)
 
     def _place(self, offset: int, length: int) -> tuple[int, int, int]:
         """The first byte of the range's marks, which bits from there on, and in how many bytes."""

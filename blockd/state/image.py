@@ -71,6 +71,7 @@ class KeptImage:
         self._changing = trio.Lock()
         self._giving_up = trio.Lock()
         self._begun = self._done = 0
+        self._want_whole = False
         self._failed = False
         self._title_rows: dict[DirtyBitmap, int] = {}
         #: Rows of pieces that nothing refers to any more.
@@ -173,11 +174,13 @@ class KeptImage:
 
     # -- checkpoints -------------------------------------------------------------------------
 
-    async def checkpoint(self) -> None:
+    async def checkpoint(self, *, whole: bool = True) -> None:
         """Store the bitmaps as they are at some instant from now on. Raises ``OSError``.
 
-        Those who wait while one is under way share the next.
+        ``whole`` False: those that changed by guest writes only may stay as they are stored, for
+        the marks tell of that. Those who wait while one is under way share the next.
         """
+        self._want_whole |= whole
         wanted = self._begun + 1
         async with self._changing:
             if self._done >= wanted:
@@ -201,31 +204,47 @@ class KeptImage:
 
     def _owes(self) -> bool:
         """Whether bitmaps have changed, but for guest writes, from what is stored."""
-        return not self._sound or any(
-            (kept := self._kept.get(bitmap)) is None
+        return not self._sound or any(map(self._changed, self._persistent()))
+
+    def _changed(self, bitmap: DirtyBitmap) -> bool:
+        kept = self._kept.get(bitmap)
+        return (
+            kept is None
             or kept.version != bitmap.version
             or kept.record.title.recording != bitmap.recording
-            for bitmap in self._persistent()
+            or kept.record.reason != bitmap.reason
         )
+
+    def _to_store(self) -> Sequence[DirtyBitmap]:
+        """What has to be stored now: all, or what changed otherwise than by guest writes."""
+        bitmaps = self._persistent()
+        oldest = min((kept.record.epoch for kept in self._kept.values()), default=0)
+        many = self.record.epoch - max(oldest, self.record.since) >= limits.STATE_EPOCHS
+        if self._want_whole or many or not self._sound:
+            self._want_whole = False
+            return bitmaps
+        return [bitmap for bitmap in bitmaps if self._changed(bitmap)]
 
     async def _store(self) -> bool:
         """One checkpoint; true where a bitmap changed meanwhile, so that one more is needed."""
         epoch = await self._make_epoch()
         ended = self._begin(epoch)
-        storings = [self._begin_storing(bitmap, epoch) for bitmap in self._persistent()]
+        storings = [self._begin_storing(bitmap, epoch) for bitmap in self._to_store()]
+        whole = len(storings) == len(self._persistent())
         size_bytes = self.node.size_bytes
-        armed = ArmedRow(epoch.region_shift, self.journal.armed.serialize())
+        armed = ArmedRow(epoch.number, epoch.region_shift, self.journal.armed.serialize())
         try:
             await end_epoch(ended)
             for storing in storings:
                 await store_pieces(storing, self._commits, self._environment.rows)
             stale = any(storing.stale for storing in storings)
-            if not (stale and not self._sound):
-                await self._flip(epoch, storings, None if stale else (size_bytes, armed))
+            whole = whole and not stale
+            if whole or self._sound:
+                await self._flip(storings, armed, size_bytes if whole else None)
         except BaseException:
             self._garbage += [row for storing in storings for row in storing.added]
             raise
-        await self._collect(epoch.number if not stale else None)
+        await self._collect(epoch.number if whole else None)
         return stale
 
     def _begin_storing(self, bitmap: DirtyBitmap, epoch: Epoch) -> Storing:
@@ -238,33 +257,32 @@ class KeptImage:
         return begin_storing(bitmap, self._title(bitmap), epoch.number, old, windows)
 
     async def _flip(
-        self, epoch: Epoch, storings: Sequence[Storing], whole: tuple[int, ArmedRow] | None
+        self, storings: Sequence[Storing], armed: ArmedRow, size_bytes: int | None
     ) -> None:
-        """Make the new pieces those that count. ``whole``: what holds if none is stale."""
-        kept = {}
+        """Make the new pieces those that count; ``size_bytes``: of the image, if all are new.
+
+        ``armed``: what was at the instant, and so may be written to from then on.
+        """
+        there = set(self._persistent())
+        kept = {bitmap: old for bitmap, old in self._kept.items() if bitmap in there}
+        new = []
         for storing in storings:
-            old = self._kept.get(storing.bitmap)
             if not storing.stale:
                 pieces = tuple(storing.pieces[window] for window in sorted(storing.pieces))
-                record = msgspec.structs.replace(storing.record, pieces=pieces)
-                kept[storing.bitmap] = Kept(record, storing.version)
-            elif old is not None:
-                kept[storing.bitmap] = old
-        records = [each.record for each in kept.values()]
+                new.append(msgspec.structs.replace(storing.record, pieces=pieces))
+                kept[storing.bitmap] = Kept(new[-1], storing.version)
+        gone = [old.record for bitmap, old in self._kept.items() if bitmap not in kept]
         image = msgspec.structs.replace(
             self.record if self._sound else self._opened,
-            bitmaps=tuple(record.title for record in records),
+            bitmaps=tuple(each.record.title for each in kept.values()),
         )
-        image_row = image.row
-        steps = [changes.put_bitmaps(image_row, records)]
-        if whole is not None:
-            size_bytes, armed = whole
-            image = msgspec.structs.replace(image, size_bytes=size_bytes, since=epoch.number)
-            number = next(self._environment.rows)
-            steps.append(changes.disarm(image_row, epoch.number))
-            steps.append(changes.put_armed(image_row, number, epoch.number, armed))
+        steps = [changes.put_bitmaps(image.row, new, gone)]
+        if size_bytes is not None:
+            image = msgspec.structs.replace(image, size_bytes=size_bytes, since=armed.epoch)
+            steps.append(changes.disarm(image.row, armed.epoch))
+        steps.append(changes.put_armed(image.row, next(self._environment.rows), armed))
         await self._commits.commit(Pending(changes.all_of(changes.put_image(image), *steps)))
-        self._settle(image, kept, storings, whole=whole is not None)
+        self._settle(image, kept, storings, whole=size_bytes is not None)
 
     def _settle(
         self,

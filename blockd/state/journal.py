@@ -19,6 +19,8 @@ from pyroaring import BitMap64
 from blockd import limits
 from blockd.state.epoch import Epoch
 
+_BITS = tuple(1 << bit for bit in range(8))
+
 
 class ImageJournal:
     """``blockd.block.Journal`` over one image.
@@ -59,7 +61,7 @@ class ImageJournal:
         granule = offset >> self._shift
         if granule == (offset + length - 1) >> self._shift:
             try:
-                if self._mirror[granule >> 3] >> (granule & 7) & 1:
+                if self._mirror[granule >> 3] & _BITS[granule & 7]:
                     return True
             except IndexError:
                 return self.lost

@@ -93,8 +93,11 @@ class ImageRecord(msgspec.Struct, frozen=True):
 
 
 class ArmedRow(msgspec.Struct, frozen=True):
-    """Regions of ``1 << shift`` bytes that may be written to, in the library's portable form."""
+    """Regions of ``1 << shift`` bytes that may be written to in ``epoch`` or later, in the
+    library's portable form.
+    """
 
+    epoch: int
     shift: int
     regions: bytes
 

@@ -141,21 +141,19 @@ class _Touched:
     """What was written to while the image was open: by epoch, or as far as it was armed."""
 
     marks: Mapping[int, Bits]
-    armed: Bits | None
+    armed: Sequence[tuple[int, Bits]]
 
     def add_to(self, bits: Bits, epoch: int) -> None:
-        for marked_in, marked in self.marks.items():
-            if marked_in >= epoch:
-                bits.merge(marked)
-        if self.armed is not None:
-            bits.merge(self.armed)
+        for touched_in, touched in (*self.marks.items(), *self.armed):
+            if touched_in >= epoch:
+                bits.merge(touched)
 
 
 def _touched(stored: Stored, now: Circumstances) -> _Touched | None:
     """None where it is not known."""
     image = stored.image
     if not image.open:
-        return _Touched({}, None)
+        return _Touched({}, ())
     marks = {
         epoch: found
         for epoch, found in stored.marks.items()
@@ -163,15 +161,19 @@ def _touched(stored: Stored, now: Circumstances) -> _Touched | None:
     }
     marked = {epoch: _marked(found, now.size_bytes) for epoch, found in marks.items()}
     if all(epoch in marks for epoch in _needed(stored)):
-        return _Touched(marked, None)
+        return _Touched(marked, ())
     if stored.armed is None:
         return None
-    armed = Bits(now.size_bytes, limits.STATE_REGION_BYTES)
-    for row in stored.armed:
-        regions = Bits(now.size_bytes, 1 << row.shift)
-        regions.add_granules(BitMap64.deserialize(row.regions))
-        armed.merge(regions)
-    return _Touched(marked, armed)
+    return _Touched(marked, _armed(stored.armed, now.size_bytes))
+
+
+def _armed(rows: Sequence[ArmedRow], size_bytes: int) -> Sequence[tuple[int, Bits]]:
+    """The regions of each epoch."""
+    armed: dict[tuple[int, int], Bits] = {}
+    for row in rows:
+        bits = armed.setdefault((row.epoch, row.shift), Bits(size_bytes, 1 << row.shift))
+        bits.add_granules(BitMap64.deserialize(row.regions))
+    return [(epoch, bits) for (epoch, _), bits in armed.items()]
 
 
 def _marked(marks: Marks, size_bytes: int) -> Bits:

@@ -72,8 +72,8 @@ async def test_after_a_power_cut_no_more_is_dirty_than_was_armed(path: Path, ima
         node = await first.node()
         await first.add(node)
         await node.write(0, DATA)
-        await first.state.keep(node)
-        await first.state.keep(node)
+        await first.checkpoint(node)
+        await first.checkpoint(node)
         await node.write(2 * REGION, DATA)
         os.utime(image, ns=(0, 0))
         async with daemon(first.after_kill(), image, boot_id="next") as second:

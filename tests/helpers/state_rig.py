@@ -84,6 +84,10 @@ class Daemon:
         assert await self.state.keep(node)
         return bitmap
 
+    async def checkpoint(self, node: Node) -> None:
+        """What happens at intervals."""
+        await self.state._attached[node].checkpoint()
+
     def after_kill(self) -> Path:
         """The state directory as a kill at this instant leaves it."""
         copy = self.path.with_name(f"{self.path.name}-killed-{next(self._copies)}")
