@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.daemon import Daemon
-from tests.helpers.nbd_client import NbdClient
+from tests.helpers.guest_disk import GuestDisk
 from tests.helpers.qcow2 import check, qemu_img
 from tests.helpers.qmp_client import QmpClient
 
@@ -20,24 +20,12 @@ SIZE = 4 * MIB
 DISK = random.Random(3).randbytes(MIB) + bytes(MIB) + b"t" * MIB + bytes(MIB)
 
 
-class Disk:
-    """A disk with a bitmap, a guest that writes to it, and its backups."""
+class Disk(GuestDisk):
+    """A disk and its backups."""
 
-    def __init__(self, client: QmpClient, directory: Path) -> None:
-        self.client = client
-        self.directory = directory
-        self.image = directory / "disk"
-        self.image.write_bytes(DISK)
+    def __init__(self, daemon: Daemon, client: QmpClient, content: bytes) -> None:
+        super().__init__(daemon, client, content)
         self.backups: list[Path] = []
-        file = {"driver": "file", "filename": str(self.image)}
-        client.execute("blockdev-add", {"driver": "raw", "node-name": "disk", "file": file})
-        client.execute("block-dirty-bitmap-add", {"node": "disk", "name": "b"})
-        path = str(directory / "nbd.sock")
-        client.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": path}}})
-        client.execute(
-            "block-export-add", {"type": "nbd", "id": "e", "node-name": "disk", "writable": True}
-        )
-        self.guest = NbdClient.open(path, "disk")
 
     def back_up(self, target: Path, **more: Any) -> None:
         self.run("drive-backup", target=str(target), format="qcow2", **more)
@@ -63,10 +51,8 @@ class Disk:
 
 @pytest.fixture
 def disk(daemon: Daemon) -> Iterator[Disk]:
-    with QmpClient(daemon.qmp_path) as client:
-        disk = Disk(client, daemon.directory)
+    with Disk.of(daemon, DISK) as disk:
         yield disk
-        disk.guest.close()
 
 
 def make_by_qemu_img(disk: Disk, name: str) -> Path:

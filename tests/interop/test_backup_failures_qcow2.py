@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.daemon import Daemon
-from tests.helpers.nbd_client import NbdClient
+from tests.helpers.guest_disk import GuestDisk
 from tests.helpers.qcow2 import check, qemu_img
 from tests.helpers.qmp_client import QmpClient
 
@@ -20,26 +20,13 @@ SIZE = 4 * MIB
 DISK = random.Random(5).randbytes(SIZE)
 
 
-class Setting:
-    """A disk with a bitmap, and a qcow2 file with a full backup of it."""
+class Setting(GuestDisk):
+    """A disk, and the qcow2 file that its backups go to."""
 
-    def __init__(self, daemon: Daemon, client: QmpClient) -> None:
-        self.daemon = daemon
-        self.client = client
-        self.directory = daemon.directory
-        self.image = self.directory / "disk"
-        self.image.write_bytes(DISK)
+    def __init__(self, daemon: Daemon, client: QmpClient, content: bytes) -> None:
+        super().__init__(daemon, client, content)
         self.target = self.directory / "target"
         self.mark = self.directory / "target.blockd-incomplete"
-        file = {"driver": "file", "filename": str(self.image)}
-        client.execute("blockdev-add", {"driver": "raw", "node-name": "disk", "file": file})
-        client.execute("block-dirty-bitmap-add", {"node": "disk", "name": "b"})
-        path = str(self.directory / "nbd.sock")
-        client.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": path}}})
-        client.execute(
-            "block-export-add", {"type": "nbd", "id": "e", "node-name": "disk", "writable": True}
-        )
-        self.guest = NbdClient.open(path, "disk")
 
     def start(self, command: str = "drive-backup", **more: Any) -> None:
         arguments = {"job-id": "j", "device": "disk", "bitmap": "b", "sync": "bitmap"}
@@ -77,10 +64,8 @@ class Setting:
 
 @pytest.fixture
 def setting(daemon: Daemon) -> Iterator[Setting]:
-    with QmpClient(daemon.qmp_path) as client:
-        setting = Setting(daemon, client)
+    with Setting.of(daemon, DISK) as setting:
         yield setting
-        setting.guest.close()
 
 
 def write_everywhere(setting: Setting, byte: int) -> None:
