@@ -12,7 +12,8 @@ from blockd.block import Driver, FileDriver, Graph, Node, Reopening, Role, reope
 from blockd.block.qcow2 import Qcow2Driver
 from blockd.errors import BlockdError
 from blockd.qmp.commands.openers import OPENERS
-from blockd.qmp.commands.openers.files import open_raw
+from blockd.qmp.commands.openers.files import open_null, open_raw
+from blockd.qmp.commands.openers.filters import open_throttle
 from blockd.qmp.opening import ROOT, Common, Opening
 from blockd.qmp.services import Services
 from blockd.qmp.types.block import BlockdevReopen
@@ -20,8 +21,10 @@ from blockd.qmp.types.blockdev import (
     FileOptions,
     HostDeviceOptions,
     NodeOptions,
+    NullOptions,
     Qcow2Options,
     RawOptions,
+    ThrottleOptions,
 )
 
 
@@ -144,10 +147,19 @@ def _check_same(opened: _Opened, role: Role, child: Node | None) -> None:
         )
 
 
+async def _reopen_null(opened: _Opened, options: NullOptions) -> Driver:
+    driver = await open_null(opened, options)
+    if driver.size_bytes != opened.node.size_bytes:
+        raise BlockdError("Cannot change the option 'size'")
+    return driver
+
+
 #: What opens a node's storage anew, with all that the options may change.
 _REOPENERS: Mapping[type[NodeOptions], Callable[[_Opened, Any], Awaitable[Driver]]] = {
     FileOptions: _reopen_file,
     HostDeviceOptions: _reopen_file,
     RawOptions: open_raw,
     Qcow2Options: _reopen_qcow2,
+    NullOptions: _reopen_null,
+    ThrottleOptions: open_throttle,
 }

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.helpers.scenario import MIB, Bitmaps, Content, Differs, Do, Leave, Scenario, Write, do
+from tests.helpers.scenario import (
+    MIB,
+    Bitmaps,
+    Both,
+    Content,
+    Differs,
+    Do,
+    Leave,
+    Scenario,
+    Until,
+    Write,
+    do,
+)
 from tests.interop.words import (
     DISKS,
     GUEST_DISKS,
@@ -40,6 +52,19 @@ def raw(name: str = "n", below: Any = None, **options: Any) -> dict[str, Any]:
 
 def named_file(name: str, image: str, **options: Any) -> dict[str, Any]:
     return file(image, **{"node-name": name}, **options)
+
+
+NULL: dict[str, Any] = {"driver": "null-co", "node-name": "z", "size": MIB}
+
+
+def throttle(group: str, **options: Any) -> dict[str, Any]:
+    return {
+        "driver": "throttle",
+        "node-name": "f",
+        "throttle-group": group,
+        "file": "n",
+        **options,
+    }
 
 
 def add(options: dict[str, Any]) -> Do:
@@ -217,6 +242,35 @@ SCENARIOS = [
             NODES,
             reopen(raw("m", "f")),
             NODES,
+        ],
+    ),
+    Scenario(
+        "reopen-throttle",
+        [
+            *GUEST_DISKS,
+            *(do("object-add", qom_type="throttle-group", id=group) for group in "gh"),
+            add(throttle("g")),
+            export("f", "f", writable=True),
+            Write("f", 0, 512),
+            reopen(throttle("h")),
+            Write("f", 0, 512),
+            do("object-del", id="g"),
+            do("object-del", id="h"),
+            reopen(throttle("nope")),
+            reopen(throttle("h", **READ_ONLY)),
+            Both(unexport("f", mode="hard"), Until("BLOCK_EXPORT_DELETED")),
+            reopen(throttle("h", **READ_ONLY)),
+            do("blockdev-del", node_name="f"),
+        ],
+    ),
+    Scenario(
+        "reopen-null",
+        [
+            add(NULL),
+            reopen({**NULL, **READ_ONLY}),
+            reopen({**NULL, "size": 2 * MIB}),
+            reopen(NULL),
+            do("blockdev-del", node_name="z"),
         ],
     ),
 ]
