@@ -204,6 +204,7 @@ class Qcow2Driver(Driver):
     async def flush(self) -> None:
         if self._image.changes is None:
             return
+        self._image.file.debug_event("flush_to_os")
         async with self._changing() as changes:
             await changes.metadata.flush()
 

@@ -25,6 +25,10 @@ class HostFile:
         self._growth_bytes = growth_bytes or limits.QCOW2_GROWTH_BYTES
         self._growth = trio.Lock()
 
+    def debug_event(self, event: str) -> None:
+        """Say how far the work on the image has come, in QEMU's words: ``BlkdebugEvent``."""
+        self.node.driver.debug_event(event)
+
     async def read(self, offset: int, view: memoryview) -> None:
         """Fill ``view``; what lies beyond the end reads as zeroes. Raises ``OSError``."""
         inside = max(0, min(len(view), self.node.size_bytes - offset))

@@ -80,6 +80,7 @@ async def open_image(
         header = await _prepare(host, header)
     l1 = decode_words(await host.read_bytes(header.l1_table_offset, header.l1_size * 8))
     table_bytes = header.refcount_table_clusters << header.cluster_bits
+    host.debug_event("reftable_load")
     table = decode_words(await host.read_bytes(header.refcount_table_offset, table_bytes))
     metadata = BitMap64() if read_only else _find_metadata(header, l1, table)
     refcounts = Refcounts(host, header, table, metadata)

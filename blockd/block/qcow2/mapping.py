@@ -55,6 +55,7 @@ class Mapping:
         )
 
     async def _read_table(self, offset: int) -> array[int]:
+        self._file.debug_event("l2_load")
         return decode_words(await self._file.read_bytes(offset, self.geometry.cluster_bytes))
 
     # -- looking up --------------------------------------------------------------------------
@@ -141,6 +142,7 @@ class Mapping:
             if table is not None and entry & COPIED:
                 return table
             new = await self._refcounts.allocate(1)
+            self._file.debug_event("l2_alloc_write")
             if self.l1[index] == entry:
                 return self._put(index, new.first, table)
             self._refcounts.free(new.first, 1)

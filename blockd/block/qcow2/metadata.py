@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import trio
@@ -31,7 +32,7 @@ class _Taken:
     l2: Sequence[Change]
     l1: _TopTable
     size_bytes: int
-    freed: Sequence[tuple[int, int]]
+    freed: list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class _Freed:
     """Clusters that nothing in the file refers to any more, but maybe a request in ``epoch``."""
 
     epoch: int
-    clusters: Sequence[tuple[int, int]]
+    clusters: list[tuple[int, int]]
 
 
 class Metadata:
@@ -182,12 +183,12 @@ class Metadata:
             refcounts.free(first, count)
 
     async def _put(self, taken: _Taken) -> None:
-        await self._write(taken.blocks)
+        await self._write(taken.blocks, "refblock_update_part")
         if taken.refcount_table.changed:
             await self._file.node.flush()
             await self._put_refcount_table(taken.refcount_table)
         await self._barrier()
-        await self._write(taken.l2)
+        await self._write(taken.l2, "l2_update")
         if taken.l1.changed:
             await self._file.node.flush()
             await self._put_l1_table(taken.l1)
@@ -197,24 +198,30 @@ class Metadata:
             await self.put_header(replace(self.header, size_bytes=taken.size_bytes))
 
     async def _put_refcount_table(self, table: _TopTable) -> None:
-        await self._write(_changed_parts(table))
+        moved = table.moved is not None
+        event = "refblock_alloc_write_table" if moved else "refblock_alloc_hookup"
+        await self._write(_changed_parts(table), event)
         if table.moved is None:
             return
         await self._file.node.flush()
+        self._file.debug_event("refblock_alloc_switch_table")
         clusters = len(table.moved) * 8 >> self.header.cluster_bits
         header = replace(self.header, refcount_table_offset=table.offset)
         await self.put_header(replace(header, refcount_table_clusters=clusters))
 
     async def _put_l1_table(self, table: _TopTable) -> None:
-        await self._write(_changed_parts(table))
+        event = "l1_update" if table.moved is None else "l1_grow_write_table"
+        await self._write(_changed_parts(table), event)
         if table.moved is None:
             return
         await self._file.node.flush()
+        self._file.debug_event("l1_grow_activate_table")
         header = replace(self.header, l1_table_offset=table.offset, l1_size=len(table.moved))
         await self.put_header(header)
 
-    async def _write(self, changes: Iterable[Change]) -> None:
+    async def _write(self, changes: Iterable[Change], event: str) -> None:
         for change in changes:
+            self._file.debug_event(event)
             await self._file.write(change.offset, memoryview(change.data))
 
     async def _barrier(self) -> None:
@@ -251,11 +258,14 @@ class Metadata:
     async def _release(self) -> None:
         """Make free what no request from before it was freed can still read or write."""
         while self._waiting and self._requests.ended(self._waiting[0].epoch):
-            await self._refcounts.release(self._waiting.pop(0).clusters, self._discard)
+            await self._refcounts.release(self._waiting[0].clusters, self._discard)
+            self._waiting.pop(0)
 
     async def _discard(self, offset: int, length: int) -> None:
         if self._discard_freed:
-            await self._file.node.discard(offset, length)
+            # It only gives back room.
+            with suppress(OSError):
+                await self._file.node.discard(offset, length)
 
     async def close(self) -> None:
         """Write all back, give back the file's unused end, and clear the dirty bit.

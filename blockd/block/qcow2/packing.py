@@ -45,6 +45,7 @@ class Packer:
             async with self._one:
                 host = await self._find_room(len(packed))
             entry = geometry.compressed_entry(host, len(packed))
+            self.file.debug_event("write_compressed")
             try:
                 await self.file.write(host, memoryview(packed))
                 table = await writer.mapping.writable(offset >> geometry.reach_bits)
@@ -56,6 +57,7 @@ class Packer:
                 clusters = geometry.clusters(entry)
                 writer.refcounts.abandon(clusters.start, len(clusters))
                 raise
+            self.file.debug_event("l2_update_compressed")
             writer.link_compressed(table, cluster, entry)
         if writer.metadata.over_limit:
             await writer.metadata.flush()

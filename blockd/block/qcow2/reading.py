@@ -91,6 +91,7 @@ class Reader:
         if run.kind is Kind.DATA:
             if run.host >= self.data_file.node.size_bytes:
                 raise _beyond_end("data", run.host)
+            self.file.debug_event("read_aio")
             await self.data_file.read(run.host, view)
         elif run.kind is Kind.ZERO:
             fill_zeroes(view)
@@ -104,6 +105,7 @@ class Reader:
 
     async def _read_backing(self, offset: int, view: memoryview) -> None:
         assert self.backing is not None
+        self.file.debug_event("read_backing_aio")
         try:
             self.backing.read_nowait(offset, view)
         except WouldBlock:
@@ -114,6 +116,7 @@ class Reader:
         host, length = geometry.compressed_extent(run.host)
         if host >= self.file.node.size_bytes:
             raise _beyond_end("compressed data", host)
+        self.file.debug_event("read_compressed")
         packed = await self.file.read_bytes(host, length)
         data = await trio.to_thread.run_sync(
             decompress, self.compression, bytes(packed), geometry.cluster_bytes

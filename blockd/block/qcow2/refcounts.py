@@ -6,7 +6,7 @@ import errno
 import itertools
 import os
 from array import array
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -92,6 +92,7 @@ class Refcounts:
         self._abandoned: list[tuple[int, int]] = []
 
     async def _read_block(self, offset: int) -> array[int]:
+        self._file.debug_event("refblock_load")
         data = await self._file.read_bytes(offset, 1 << self._cluster_bits)
         return self._codec.decode(data)
 
@@ -138,6 +139,7 @@ class Refcounts:
 
     async def allocate(self, count: int) -> Clusters:
         """Take up to ``count`` free clusters that follow each other. Raises ``OSError``."""
+        self._file.debug_event("cluster_alloc")
         return await self._change(lambda: self._allocate(count))
 
     def allocate_nowait(self, count: int) -> Clusters | None:
@@ -160,6 +162,7 @@ class Refcounts:
 
     async def allocate_all(self, count: int) -> Clusters:
         """Take exactly ``count`` clusters that follow each other, behind all that is used."""
+        self._file.debug_event("cluster_alloc")
         return await self._change(lambda: self._allocate_tail(count))
 
     def _allocate(self, count: int) -> Clusters:
@@ -188,6 +191,7 @@ class Refcounts:
 
     def _add_block(self, index: int) -> None:
         """Make a block that counts itself: it is the first cluster of those that it counts."""
+        self._file.debug_event("refblock_alloc")
         if index >= len(self.table):
             self._grow_table(index + 1)
             return
@@ -318,18 +322,21 @@ class Refcounts:
         return len(self._freed)
 
     async def release(
-        self, freed: Iterable[tuple[int, int]], discard: Callable[[int, int], Awaitable[None]]
+        self, freed: list[tuple[int, int]], discard: Callable[[int, int], Awaitable[None]]
     ) -> None:
-        """Lower the counts of what nothing refers to any more; ``discard`` what becomes free."""
-        for first, count in freed:
-            at = first
-            while at < first + count:
-                part = min(first + count - at, self._per_block - at % self._per_block)
-                await self._change(partial(self._check_in_use, at, part))
-                for start, length in self._last_references(at, part):
-                    await discard(start << self._cluster_bits, length << self._cluster_bits)
-                await self._change(partial(self._lower, at, part))
-                at += part
+        """Lower the counts of what nothing refers to any more; ``discard`` what becomes free.
+
+        Raises ``OSError``, and then what is left in ``freed`` is still to be released.
+        """
+        while freed:
+            first, count = freed[-1]
+            self._file.debug_event("cluster_free")
+            part = min(count, self._per_block - first % self._per_block)
+            await self._change(partial(self._check_in_use, first, part))
+            for start, length in self._last_references(first, part):
+                await discard(start << self._cluster_bits, length << self._cluster_bits)
+            await self._change(partial(self._lower, first, part))
+            freed[-1:] = [(first + part, count - part)] if part < count else []
 
     def _check_in_use(self, first: int, count: int) -> None:
         """That the counts are in memory and none is 0; clusters of one block."""

@@ -55,6 +55,7 @@ class Resizer:
         if entries <= len(mapping.l1):
             return
         bits = metadata.header.cluster_bits
+        self.writer.reader.file.debug_event("l1_grow_alloc_table")
         clusters = await self.writer.refcounts.allocate_all(-(-entries * 8 >> bits))
         old = Extent(mapping.l1_offset, len(mapping.l1) * 8)
         mapping.move_l1(clusters.first << bits, entries)

@@ -143,6 +143,7 @@ class Writer:
                 host, done = find_in_place(table.words, geometry, offset, len(view))
                 if done:
                     self.check_data(host, done)
+                    self.reader.file.debug_event("write_aio")
                     await self.data_file.write(host, view[:done])
             if not done:
                 done = await self._write_elsewhere(table, offset, view)
@@ -257,19 +258,25 @@ class Writer:
         """Write ``view``, and around it what the guest saw there before."""
         end = offset + len(view)
         host = place.host + (filled.offset & (self.mapping.geometry.cluster_bytes - 1))
+        file = self.reader.file
         if filled.length == len(view) or (
             place.virgin
             and await self._was_zero(filled.offset, offset)
             and await self._was_zero(end, filled.end)
         ):
+            file.debug_event("write_aio")
             await self.data_file.write(host + offset - filled.offset, view)
             return
+        file.debug_event("cow_read")
         data = memoryview(bytearray(filled.length))
         await self._read_old(filled.offset, data[: offset - filled.offset])
         data[offset - filled.offset : end - filled.offset] = view
         await self._read_old(end, data[end - filled.offset :])
         if self.external:
             data = data[: self.metadata.size_bytes - filled.offset]
+        # All in one, as QEMU tells of it.
+        file.debug_event("write_aio")
+        file.debug_event("cow_write")
         await self.data_file.write(host, data)
 
     async def _was_zero(self, start: int, end: int) -> bool:
