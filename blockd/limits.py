@@ -119,7 +119,9 @@ QCOW2_ALLOCATION_CLUSTERS = 32 * KIB
 
 #: The largest payload of a request or reply; advertised as the maximum block size.
 NBD_PAYLOAD_BYTES = 32 * MIB
-#: Each connection has one buffer for requests and one for replies; they cost memory once used.
+#: A connection that does something has one buffer for requests and one for replies. So many of
+#: them are kept for the next; seldom more than one is in use at once.
+NBD_BURSTS_KEPT = 16
 NBD_RECEIVE_BUFFER_BYTES = 512 * KIB
 NBD_SEND_BUFFER_BYTES = 1 * MIB + KIB
 #: With less room than this behind the unread bytes, they are moved to the buffer's front.
@@ -147,6 +149,11 @@ NBD_STATUS_STEPS = 4096
 #: request of any size may always run).
 NBD_REQUESTS_IN_FLIGHT = 64
 NBD_BYTES_IN_FLIGHT = 64 * MIB
+#: The same of all connections together, but that each may have a small one.
+NBD_SERVER_BYTES_IN_FLIGHT = 512 * MIB
+#: A client that takes nothing of its replies for so long is dropped. Guests that are paused take
+#: theirs; only a stopped or dead process does not.
+NBD_UNREAD_SECONDS = 120
 #: How long one connection may keep the loop before the others get their turn: when no other
 #: connection has anything to do, and when one has.
 NBD_SLICE_SECONDS = 0.001
@@ -236,7 +243,7 @@ ACCEPT_PAUSE_SECONDS = 0.2
 ACCEPT_COMPLAINT_SECONDS = 60
 #: Bytes received at once during an NBD handshake; less than a connection's buffer, which takes
 #: over what came early.
-NBD_HANDSHAKE_BYTES = 64 * KIB
+NBD_HANDSHAKE_BYTES = 4 * KIB
 
 # --- jobs ------------------------------------------------------------------------------------
 

@@ -5,16 +5,28 @@ from __future__ import annotations
 import socket
 import ssl
 import time
+from typing import Protocol
 
 import trio
 
 from blockd import limits
 from blockd.nbd.activity import Activity
 from blockd.nbd.tls import Certificate, Socket, TlsSocket
+from blockd.nbd.wire import ProtocolError
 
 
 class ClientGone(Exception):  # noqa: N818 - the ordinary end of a connection
     """The client has closed its end in the middle of something."""
+
+
+class Idle(Protocol):
+    """Who does without memory while it waits for its client."""
+
+    def rest(self) -> None:
+        """Do without it from now on."""
+
+    def wake(self) -> memoryview:
+        """Have some again."""
 
 
 class Channel:
@@ -60,9 +72,12 @@ class Channel:
             raise ClientGone
         return count
 
-    async def receive_into(self, view: memoryview, *, spin: bool = True) -> int:
+    async def receive_into(
+        self, view: memoryview, *, spin: bool = True, idle: Idle | None = None
+    ) -> int:
         """Receive what is there, at least a byte; 0 at the end.
 
+        Where it has to wait, it asks ``idle`` afterwards for memory in the place of ``view``.
         ``spin`` False: it is no use to spin for it before the wait, as requests still run; their
         threads need the interpreter, and the client may be waiting for them.
         Fairness: a client that always has more to say lets the others in once a time slice.
@@ -71,7 +86,7 @@ class Channel:
             count = self._sock.recv_into(view)
         except BlockingIOError:
             wait = self._receive_later if spin else self._receive_after_wait
-            return await wait(view)
+            return await wait(view, idle)
         if time.monotonic() > self._slice_ends:
             await self.end_turn()
         return count
@@ -92,7 +107,7 @@ class Channel:
         seconds = limits.NBD_SLICE_SECONDS if alone else limits.NBD_SHARED_SLICE_SECONDS
         self._slice_ends = time.monotonic() + seconds
 
-    async def _receive_later(self, view: memoryview) -> int:
+    async def _receive_later(self, view: memoryview, idle: Idle | None) -> int:
         """Spin for the next request, then wait for it.
 
         A client with one request in flight answers a reply within microseconds; a wait through
@@ -111,16 +126,20 @@ class Channel:
                 return count
             self._spins = max(1, self._spins // 2)
         began = time.monotonic()
-        count = await self._receive_after_wait(view)
+        count = await self._receive_after_wait(view, idle)
         if time.monotonic() - began < limits.NBD_SHORT_WAIT_SECONDS:
             self._spins = min(limits.NBD_SPINS_MAX, self._spins * 4)
         return count
 
-    async def _receive_after_wait(self, view: memoryview) -> int:
+    async def _receive_after_wait(self, view: memoryview, idle: Idle | None = None) -> int:
         while True:
+            if idle is not None:
+                idle.rest()
             with self._activity.waiting():
                 await trio.lowlevel.wait_readable(self._sock)
             self._begin_slice()
+            if idle is not None:
+                view = idle.wake()
             try:
                 return self._sock.recv_into(view)
             except BlockingIOError:
@@ -142,7 +161,10 @@ class Channel:
         await self.send(view)
 
     async def send(self, *views: memoryview) -> None:
-        """Send all of ``views`` with nobody else's bytes in between. Raises ``OSError``."""
+        """Send all of ``views`` with nobody else's bytes in between.
+
+        Raises ``OSError``, and ``ProtocolError`` where the client has long taken nothing.
+        """
         async with self._send_lock:
             for view in views:
                 await self._send(view)
@@ -152,7 +174,10 @@ class Channel:
             try:
                 view = view[self._sock.send(view) :]
             except BlockingIOError:
-                await trio.lowlevel.wait_writable(self._sock)
+                with trio.move_on_after(limits.NBD_UNREAD_SECONDS) as patience:
+                    await trio.lowlevel.wait_writable(self._sock)
+                if patience.cancelled_caught:
+                    raise ProtocolError("it takes none of its replies") from None
             else:
                 # A client that takes it as fast as it comes is served in turns too.
                 if view:

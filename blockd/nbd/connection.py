@@ -19,6 +19,7 @@ from blockd.errors import WouldBlock
 from blockd.nbd.channel import Channel, ClientGone
 from blockd.nbd.chunks import parse_status_filter
 from blockd.nbd.export import Export, RequestError
+from blockd.nbd.memory import Burst, Memory
 from blockd.nbd.replies import replies_of
 from blockd.nbd.running import Running
 from blockd.nbd.wire import (
@@ -63,6 +64,7 @@ class Connection:
         headers: Headers,
         contexts: Sequence[int],
         early: bytes,
+        memory: Memory,
     ) -> None:
         """``contexts``: those selected; ``early``: what the client sent behind its last option."""
         self._channel = channel
@@ -76,14 +78,12 @@ class Connection:
         self._header_bytes = self._form.size
         #: The flags of a write that asks for nothing special.
         self._write_flags = CmdFlag.PAYLOAD_LEN.value if self._extended else 0
-        self._running = Running(channel, export, self._replies)
-        self._in = bytearray(limits.NBD_RECEIVE_BUFFER_BYTES)
-        self._in_view = memoryview(self._in)
-        self._in[: len(early)] = early
-        self._early_bytes = len(early)
-        self._out = bytearray(limits.NBD_SEND_BUFFER_BYTES)
-        self._out_view = memoryview(self._out)
+        self._running = Running(channel, export, self._replies, memory)
+        self._memory = memory
+        self._early = early
         self._out_used = 0
+        self._borrowed: Burst | None = None
+        self.wake()
 
     async def serve(self) -> None:
         """Return when the client has gone. Raises ``ProtocolError`` for what is no NBD."""
@@ -95,10 +95,28 @@ class Connection:
                     nursery.cancel_scope.cancel()
         except* (ClientGone, ConnectionError):
             pass
+        finally:
+            self.rest()
+
+    # -- between bursts ------------------------------------------------------------------------
+
+    def rest(self) -> None:
+        """Lend nothing: nothing is received that has not been carried out."""
+        if self._borrowed is not None:
+            self._memory.give_back(self._borrowed)
+            self._borrowed = None
+
+    def wake(self) -> memoryview:
+        """Have memory for the next burst; where it is received to."""
+        burst = self._borrowed = self._memory.borrow()
+        self._in_view = burst.requests
+        self._out, self._out_view = burst.replies, burst.replies_view
+        return self._in_view
 
     async def _receive(self) -> bool:
         """Take requests until the end; whether the client said goodbye (NBD_CMD_DISC)."""
-        start, end = 0, self._early_bytes
+        start, end = 0, len(self._early)
+        self._in_view[:end] = self._early
         while True:
             stop = _NEED_ROOM
             while stop is not _NEED_DATA:
@@ -118,10 +136,11 @@ class Connection:
                     start, end = await self._run_slow(request, start + self._header_bytes, end)
             if start == end:
                 start = end = 0
-            elif len(self._in) - end < limits.NBD_RECEIVE_ROOM_BYTES:
+            elif len(self._in_view) - end < limits.NBD_RECEIVE_ROOM_BYTES:
                 start, end = self._move_to_front(start, end)
-            view = self._in_view[end:]
-            count = await self._channel.receive_into(view, spin=not self._running.count)
+            view, idle = self._in_view[end:], None if end else self
+            spin = not self._running.count
+            count = await self._channel.receive_into(view, spin=spin, idle=idle)
             if not count:
                 return False
             end += count
@@ -129,7 +148,7 @@ class Connection:
     # -- requests that finish at once ---------------------------------------------------------
 
     def _burst(self, start: int, end: int) -> tuple[int, _Stop]:  # noqa: PLR0915 - calls cost
-        """Run the requests in ``_in[start:end]`` up to the first that can't finish at once.
+        """Run the requests in ``_in_view[start:end]`` up to the first that can't finish at once.
 
         Their replies are put into ``_out``. This is the hot loop: local names, no calls but
         those that do the work. Whatever is unusual, even an error, is left to ``_run_slow``.
@@ -200,7 +219,7 @@ class Connection:
     # -- all others ---------------------------------------------------------------------------
 
     async def _run_slow(self, request: Request, start: int, end: int) -> tuple[int, int]:
-        """Run one request whose payload, if it has one, begins at ``_in[start]``.
+        """Run one request whose payload, if it has one, begins at ``_in_view[start]``.
 
         Or only receive its payload. Returns where the bytes that are to be looked at next begin
         and end.
@@ -309,7 +328,7 @@ class Connection:
         """
         if start == end:
             start = end = 0
-        elif start + count > len(self._in):
+        elif start + count > len(self._in_view):
             start, end = self._move_to_front(start, end)
         while end < start + count:
             end += await self._channel.receive_some_into(self._in_view[end : start + count])

@@ -15,6 +15,7 @@ from blockd.nbd import chunks
 from blockd.nbd.channel import Channel
 from blockd.nbd.content import Content
 from blockd.nbd.export import Export
+from blockd.nbd.memory import Memory
 from blockd.nbd.replies import SimpleReplies
 from blockd.nbd.wire import CMD_READ, CMD_WRITE, Cmd, CmdFlag, Headers, ReplyType, Request
 
@@ -22,9 +23,12 @@ from blockd.nbd.wire import CMD_READ, CMD_WRITE, Cmd, CmdFlag, Headers, ReplyTyp
 class Running:
     """Runs checked requests and sends their replies."""
 
-    def __init__(self, channel: Channel, export: Export, replies: SimpleReplies) -> None:
+    def __init__(
+        self, channel: Channel, export: Export, replies: SimpleReplies, memory: Memory
+    ) -> None:
         self._channel = channel
         self._export = export
+        self._memory = memory
         self._replies = replies
         self._extended = replies.headers is Headers.EXTENDED
         self._bytes = 0
@@ -48,6 +52,7 @@ class Running:
             self.count and self._bytes + weight > limits.NBD_BYTES_IN_FLIGHT
         ):
             await self._one_ended.wait()
+        await self._memory.reserve(weight, first=not self.count)
         self.count += 1
         self._bytes += weight
         nursery.start_soon(self._run, request, data, contexts)
@@ -61,6 +66,7 @@ class Running:
         finally:
             self.count -= 1
             self._bytes -= _weight(request)
+            self._memory.release(_weight(request))
             self._one_ended.set()
             self._one_ended = trio.Event()
 

@@ -20,6 +20,7 @@ from blockd.nbd.channel import Channel, ClientGone
 from blockd.nbd.connection import Connection
 from blockd.nbd.export import Export
 from blockd.nbd.handshake import Handshake
+from blockd.nbd.memory import Memory
 from blockd.nbd.steps import HardDisconnect, NeedData, Reply, SoftDisconnect, StartTls, Transmission
 from blockd.nbd.tls import Certificate
 from blockd.nbd.wire import ProtocolError
@@ -72,6 +73,7 @@ class NbdServer:
         self._nursery = nursery
         self._bus = bus
         self._activity = Activity()
+        self._memory = Memory()
         self._running: _Running | None = None
         self._one_start = trio.Lock()
         self._exports: dict[str, Export] = {}
@@ -246,6 +248,7 @@ class NbdServer:
             headers=chosen.headers,
             contexts=chosen.contexts,
             early=chosen.early,
+            memory=self._memory,
         )
         with trio.CancelScope() as scope:
             export.connections.add(scope)
