@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -13,23 +12,10 @@ from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.qcow2 import qemu_img
 from tests.helpers.qmp_client import QmpClient
+from tests.helpers.readme import README, commands_in_blocks, shell_lines
 from tests.helpers.tools import require_tool
 
-README = Path(__file__).parents[2] / "README.md"
 DISK_BYTES = 1 << 20
-
-
-def commands_in_blocks(root: Path) -> list[list[dict[str, Any]]]:
-    """The README's blocks of JSON lines, their paths under ``root``."""
-    text = README.read_text().replace('"/', f'"{root}/')
-    blocks = re.findall(r"^```json\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [[json.loads(line) for line in block.splitlines()] for block in blocks]
-
-
-def shell_lines(root: Path, program: str) -> list[list[str]]:
-    """The README's indented lines that run ``program``, in the order that they are in."""
-    text = README.read_text().replace(" /", f" {root}/")
-    return [line.split()[1:] for line in re.findall(rf"^    ({program} .*)$", text, re.MULTILINE)]
 
 
 def carry_out(qmp: QmpClient, commands: list[dict[str, Any]], *, backups: int = 1) -> None:
@@ -48,8 +34,8 @@ def test_the_readme_leads_to_a_backup_like_the_disk(daemon: Daemon, tmp_path: Pa
     disk.write_bytes(b"before" + bytes(DISK_BYTES - 6))
     log = tmp_path / "srv/vm/log.img"
     log.write_bytes(b"log" + bytes(DISK_BYTES - 3))
-    first, second, full, above, several, _ = commands_in_blocks(tmp_path)
-    create, check, convert = shell_lines(tmp_path, "qemu-img")
+    first, second, full, above, several, *_ = commands_in_blocks(tmp_path)
+    create, check, convert, *_ = shell_lines(tmp_path, "qemu-img")
     assert first[0] == {"execute": "qmp_capabilities"}
     with QmpClient(daemon.qmp_path) as qmp:
         carry_out(qmp, first[1:])
