@@ -138,12 +138,19 @@ def status(context: int, runs: Runs, *, extended: bool) -> bytes:
     """The payload of BLOCK_STATUS, or BLOCK_STATUS_EXT: ``runs`` has one run at least."""
     count = len(runs.lengths)
     numbers = array("Q" if extended else "I", bytes((16 if extended else 8) * count))
-    numbers[::2] = array(numbers.typecode, runs.lengths)
-    numbers[1::2] = array(numbers.typecode, runs.flags)
+    numbers[::2] = _as_array(numbers.typecode, runs.lengths)
+    numbers[1::2] = _as_array(numbers.typecode, runs.flags)
     if sys.byteorder == "little":
         numbers.byteswap()
     head = _EXTENDED_STATUS.pack(context, count) if extended else _STATUS.pack(context)
     return head + numbers.tobytes()
+
+
+def _as_array(typecode: str, numbers: Sequence[int]) -> array[int]:
+    """A copy takes some ms for the longest block status."""
+    if isinstance(numbers, array) and numbers.typecode == typecode:
+        return numbers
+    return array(typecode, numbers)
 
 
 def parse_status(payload: bytes | memoryview, *, extended: bool) -> tuple[int, Runs]:

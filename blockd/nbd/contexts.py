@@ -115,6 +115,8 @@ class _OfBitmap:
     async def collect(self, runs: RunList, offset: int, length: int, pause: Pause) -> None:
         end = offset + length
         for starts, stops in self._pin.bits.spans(offset, length):
+            # To find them may have taken as long as to add them will.
+            await pause()
             runs.add_dirty(offset, starts, stops)
             offset = stops[-1]
             if runs.full:
