@@ -71,6 +71,7 @@ class Connection:
         self._export = export
         self._contexts = contexts
         self._replies = replies_of(headers)
+        self._headers = headers
         self._extended = headers is Headers.EXTENDED
         self._form, self._magic = REQUEST, REQUEST_MAGIC
         if self._extended:
@@ -229,14 +230,12 @@ class Connection:
         if flagged or request.type == CMD_WRITE:
             payload = request.length
         try:
-            if flagged and request.type == CMD_WRITE:
-                request = request._replace(flags=request.flags & ~CmdFlag.PAYLOAD_LEN)
-            elif payload and request.type == Cmd.BLOCK_STATUS:
+            if payload and request.type == Cmd.BLOCK_STATUS:
                 if payload <= limits.NBD_GATHER_BYTES:
                     start, end = await self._fill(payload, start, end)
                 request, contexts = self._filter(request, self._in_view[start : start + payload])
                 start, payload = start + payload, 0
-            self._export.check(request, contexts)
+            self._export.check(request, self._headers, contexts)
         except RequestError as refusal:
             return await self._refuse(request, refusal, payload, start, end)
         if payload > limits.NBD_STREAM_BYTES:
@@ -255,7 +254,8 @@ class Connection:
         if told is not None:
             length, contexts = told
             if contexts and len({*contexts} & {*self._contexts}) == len(contexts):
-                flags = request.flags & ~CmdFlag.PAYLOAD_LEN
+                # An int: the complement of an IntFlag lacks the bits that have no name.
+                flags = request.flags & ~CmdFlag.PAYLOAD_LEN.value
                 return request._replace(flags=flags, length=length), contexts
         raise RequestError(errno.EINVAL, "CMD_BLOCK_STATUS payload not valid")
 

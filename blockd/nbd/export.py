@@ -15,7 +15,7 @@ from blockd.block import Gate, Graph, Node
 from blockd.errors import BlockdError, WouldBlock
 from blockd.nbd.agreement import ExportInfo
 from blockd.nbd.contexts import Contexts
-from blockd.nbd.wire import Cmd, CmdFlag, Request, TransmissionFlag
+from blockd.nbd.wire import Cmd, CmdFlag, Headers, Request, TransmissionFlag
 
 #: Flags that a command may carry; every one not named takes FUA alone, as QEMU does.
 _ALLOWED_FLAGS = {
@@ -129,38 +129,39 @@ class Export:
             contexts=self.contexts.names,
         )
 
-    def check(self, request: Request, contexts: Collection[int] = ()) -> None:
+    def check(
+        self, request: Request, headers: Headers = Headers.SIMPLE, contexts: Collection[int] = ()
+    ) -> None:
         """Check one request completely (proto.md, "Transmission phase"); then it may run.
 
         ``contexts``: those that a block status would tell of. Raises ``RequestError``.
         """
         flags, kind, _, offset, length = request
-        if kind not in _KNOWN:
-            raise RequestError(errno.EINVAL, f"invalid request type ({kind}) received")
-        if flags & ~_ALLOWED_FLAGS.get(kind, CmdFlag.FUA.value):
-            raise RequestError(
-                errno.EINVAL,
-                f"unsupported flags for command {_label(kind)} (got 0x{flags:x})",
-            )
-        if kind in _WRITING and not self.writable:
-            raise RequestError(errno.EPERM, "Export is read-only")
-        if kind == Cmd.FLUSH:
-            return
-        if kind == Cmd.BLOCK_STATUS and not contexts:
-            raise RequestError(errno.EINVAL, "CMD_BLOCK_STATUS not negotiated")
-        if kind == Cmd.BLOCK_STATUS and not length:
-            raise RequestError(errno.EINVAL, "need non-zero length")
+        # In QEMU's order, so that who is wrong in two ways hears of the same one.
         if kind in _BOUNDED and length > limits.NBD_PAYLOAD_BYTES:
             raise RequestError(
                 errno.EINVAL,
                 f"len ({length}) is larger than max len ({limits.NBD_PAYLOAD_BYTES})",
             )
-        if offset + length > self.node.size_bytes:
+        if kind in _WRITING and not self.writable:
+            raise RequestError(errno.EPERM, "Export is read-only")
+        if kind != Cmd.FLUSH and offset + length > self.node.size_bytes:
             number = errno.ENOSPC if kind in (Cmd.WRITE, Cmd.WRITE_ZEROES) else errno.EINVAL
             raise RequestError(
                 number,
                 f"operation past EOF; From: {offset}, Len: {length}, Size: {self.node.size_bytes}",
             )
+        if flags & ~_allowed_flags(kind, headers):
+            raise RequestError(
+                errno.EINVAL,
+                f"unsupported flags for command {_label(kind)} (got 0x{flags:x})",
+            )
+        if kind not in _KNOWN:
+            raise RequestError(errno.EINVAL, f"invalid request type ({kind}) received")
+        if kind == Cmd.BLOCK_STATUS and not contexts:
+            raise RequestError(errno.EINVAL, "CMD_BLOCK_STATUS not negotiated")
+        if kind == Cmd.BLOCK_STATUS and not length:
+            raise RequestError(errno.EINVAL, "need non-zero length")
 
     def count_refused(self, request: Request) -> None:
         """Note a request that ``check`` has refused among the node's."""
@@ -213,9 +214,18 @@ class Export:
             self._gate.leave()
 
 
+def _allowed_flags(kind: int, headers: Headers) -> int:
+    allowed = _ALLOWED_FLAGS.get(kind, CmdFlag.FUA.value)
+    if kind == Cmd.READ and headers is Headers.SIMPLE:
+        return allowed & ~CmdFlag.DF.value
+    if kind == Cmd.WRITE and headers is Headers.EXTENDED:
+        return allowed | CmdFlag.PAYLOAD_LEN.value
+    return allowed
+
+
 def _label(kind: int) -> str:
     """A command's name as QEMU writes it."""
-    return Cmd(kind).name.lower().replace("_", " ")
+    return Cmd(kind).name.lower().replace("_", " ") if kind in _KNOWN else "<unknown>"
 
 
 def _pin_all(bitmaps: Sequence[DirtyBitmap]) -> dict[DirtyBitmap, Pin]:

@@ -133,6 +133,18 @@ async def test_payloads_that_nobody_asked_for_are_read_over(rig: Rig, call: Call
     await in_thread(converse)
 
 
+async def test_unknown_flags_beside_a_payload_are_refused(rig: Rig, driver: WatchedDriver) -> None:
+    rig.export(rig.node("disk", driver))
+    client = await rig.client(extended=True)
+
+    def converse() -> None:
+        with pytest.raises(NbdError, match=r"flags for command write \(got 0x8020\)"):
+            client.write(0, b"x", 1 << 15)
+        assert client.read(0, 1) == b"\0"
+
+    await in_thread(converse)
+
+
 async def test_a_write_that_forgot_to_say_so_has_a_payload(rig: Rig) -> None:
     """As the peer takes it; the specification leaves it open."""
     rig.export(rig.node("disk"))
