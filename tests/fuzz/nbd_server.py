@@ -45,8 +45,10 @@ def conversation(random: Random) -> bytes:
     asked = program(random) if entering else None
     options = asked.haggling.options if asked else haggling(random).options
     said = wire.CLIENT_FLAGS.pack(3) + b"".join(option_bytes(*option) for option in options)
-    for cookie, call in enumerate(asked.calls if asked else []):
-        said += request_bytes(call, cookie)
+    if asked:
+        extended = asked.headers is wire.Headers.EXTENDED
+        for cookie, call in enumerate(asked.calls):
+            said += request_bytes(call, cookie, extended=extended)
     return damaged(random, said)[:SENT_MAX_BYTES]
 
 

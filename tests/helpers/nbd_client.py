@@ -217,6 +217,11 @@ class NbdClient:
 
     def pipeline(self, calls: Iterable[Call], *, depth: int = 32) -> list[bytes | NbdError]:
         """Run requests, ``depth`` in flight; their results in the order of the calls."""
+        done = self.run_all(calls, depth=depth)
+        return [pending.error or bytes(pending.data) for pending in done]
+
+    def run_all(self, calls: Iterable[Call], *, depth: int) -> list[Pending]:
+        """As ``pipeline``, with all that was answered."""
         cookies = []
         for call in calls:
             while len(self._pending) >= depth:
@@ -224,8 +229,7 @@ class NbdClient:
             cookies.append(self.submit(call))
         while self._pending:
             self._receive_reply()
-        done = [self._done.pop(cookie) for cookie in cookies]
-        return [pending.error or bytes(pending.data) for pending in done]
+        return [self._done.pop(cookie) for cookie in cookies]
 
     def read(self, offset: int, length: int, flags: int = 0) -> bytes:
         return self.wait(self.submit(Call(Cmd.READ, offset, length, flags)))

@@ -6,14 +6,15 @@ answered, in a form in which two servers can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from random import Random
 from typing import NamedTuple
 
 from blockd.nbd import wire
-from blockd.nbd.wire import ClientFlag, Cmd, CmdFlag, Info, Option, Rep
+from blockd.nbd.options import BASE_ALLOCATION, meta_data
+from blockd.nbd.wire import ClientFlag, Cmd, CmdFlag, Headers, Info, Option, Rep
 from tests.helpers.nbd_client import NbdClient
-from tests.helpers.nbd_codec import Call, NbdError, info_bytes, option_bytes
+from tests.helpers.nbd_codec import Call, Pending, info_bytes, option_bytes
 
 DISK_BYTES = 1 << 20
 EXPORT = "disk"
@@ -40,19 +41,24 @@ class Program(NamedTuple):
         return [call for batch in self.batches for call in batch]
 
     @property
-    def structured(self) -> bool:
-        return (Option.STRUCTURED_REPLY, b"") in self.haggling.options
+    def headers(self) -> Headers:
+        if (Option.EXTENDED_HEADERS, b"") in self.haggling.options:
+            return Headers.EXTENDED
+        structured = (Option.STRUCTURED_REPLY, b"") in self.haggling.options
+        return Headers.STRUCTURED if structured else Headers.SIMPLE
 
 
 class Answer(NamedTuple):
     """To one option, or to one request: ``code`` is Rep's, or Errno's, or 0, or CLOSED.
 
-    ``data``: what came with it, if it was no error; ``message``: if it was one.
+    ``data``: what came with it, if it was no error; ``message``: if it was one; ``statuses``: the
+    runs of a block status by context, each with its end in the range.
     """
 
     code: int | str
     data: bytes = b""
     message: str = ""
+    statuses: Mapping[int, list[tuple[int, int]]] = {}
 
 
 class Played(NamedTuple):
@@ -76,6 +82,11 @@ NAMES = [EXPORT.encode()] * 6 + [
 #: Options with what they mostly take: a name with requests, queries, or nothing.
 NAMED = [Option.INFO, Option.GO]
 PLAIN = [Option.LIST, Option.STRUCTURED_REPLY, Option.STARTTLS, Option.ABORT]
+PLAIN += [Option.EXTENDED_HEADERS]
+QUERYING = [Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT]
+QUERIES = [BASE_ALLOCATION.encode()] * 3
+QUERIES += [b"base:", b"base:x", b"base", b"qemu:", b"qemu:dirty-bitmap:", b"qemu:dirty-bitmap:b"]
+QUERIES += [b"qemu:allocation-depth", b"", b":", b"x:y", b"q" * 5000]
 UNKNOWN = [0, 4, 12, 2**16, 2**32 - 1]
 
 
@@ -91,14 +102,19 @@ def haggling(random: Random) -> Haggling:
 def _option(random: Random) -> tuple[int, bytes]:
     option: int
     chosen = random.random()
-    if chosen < 0.5:
+    if chosen < 0.35:
         option, data = random.choice(NAMED), _info_data(random)
-    elif chosen < 0.9:
+    elif chosen < 0.65:
         option, data = random.choice(PLAIN), b""
+    elif chosen < 0.95:
+        option, data = random.choice(QUERYING), _query_data(random)
     else:
         option, data = random.choice(UNKNOWN), random.randbytes(random.randrange(9))
-    if random.random() < 0.1:
+    if random.random() < 0.1 and option not in QUERYING:
         data = _damaged(random, data)
+    elif random.random() < 0.1:
+        # No more than that: QEMU takes what follows the queries for the next option.
+        data = data[: random.randrange(len(data) + 1)]
     return option, data
 
 
@@ -106,6 +122,13 @@ def _info_data(random: Random) -> bytes:
     requests = [*Info, 4, 2**16 - 1]
     asked = [random.choice(requests) for _ in range(random.randrange(4))]
     return info_bytes(random.choice(NAMES), *asked)
+
+
+def _query_data(random: Random) -> bytes:
+    name = random.choice(NAMES)
+    queries = [random.choice(QUERIES) for _ in range(random.randrange(4))]
+    data = wire.U32.pack(len(name)) + name + wire.U32.pack(len(queries))
+    return data + b"".join(wire.U32.pack(len(query)) + query for query in queries)
 
 
 def _damaged(random: Random, data: bytes) -> bytes:
@@ -117,10 +140,16 @@ def _damaged(random: Random, data: bytes) -> bytes:
 
 def program(random: Random) -> Program:
     """Into transmission, and then requests."""
-    options = [(Option.STRUCTURED_REPLY.value, b"")] if random.random() < 0.7 else []
+    headers = random.choice([None, Option.STRUCTURED_REPLY, Option.EXTENDED_HEADERS])
+    options = [(headers.value, b"")] if headers else []
+    if headers and random.random() < 0.8:
+        data = meta_data(EXPORT, [BASE_ALLOCATION])
+        options.append((Option.SET_META_CONTEXT.value, data))
     options.append((Option.GO.value, info_bytes(EXPORT.encode())))
-    batches = [_batch(random) for _ in range(random.randrange(1, 8))]
-    return Program(Haggling(3, options), batches)
+    made = Program(Haggling(3, options), [])
+    for _ in range(random.randrange(1, 8)):
+        made.batches.append(_batch(random, extended=made.headers is Headers.EXTENDED))
+    return made
 
 
 #: Each request of a batch changes at most a part of the disk that is its own: what is in flight at
@@ -128,8 +157,15 @@ def program(random: Random) -> Program:
 PARTS = 8
 PART_BYTES = DISK_BYTES // PARTS
 COMMANDS = [Cmd.READ] * 4 + [Cmd.WRITE] * 4 + [Cmd.WRITE_ZEROES] * 3 + [Cmd.TRIM] * 2
-COMMANDS += [Cmd.FLUSH]
-FLAGS = [*[CmdFlag.FUA] * 3, CmdFlag.NO_HOLE, CmdFlag.DF, CmdFlag.REQ_ONE, 3, 2**5, 2**15]
+COMMANDS += [Cmd.FLUSH, Cmd.CACHE, Cmd.BLOCK_STATUS, Cmd.BLOCK_STATUS]
+FLAGS: list[int] = [
+    *[CmdFlag.FUA] * 3,
+    CmdFlag.NO_HOLE,
+    CmdFlag.DF,
+    CmdFlag.REQ_ONE,
+    CmdFlag.FAST_ZERO,
+]
+FLAGS += [3, CmdFlag.PAYLOAD_LEN, 2**15]
 UNKNOWN_COMMANDS = [8, 255, 2**16 - 1]
 LENGTHS = [0, 1, 511, 512, 513, 4096, PART_BYTES]
 FAR = [DISK_BYTES - 1, DISK_BYTES, DISK_BYTES + 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
@@ -138,9 +174,9 @@ LONG = [PART_BYTES + 1, DISK_BYTES + 1, 2**25 + 1, 2**31, 2**32 - 1]
 PAYLOAD_MAX_BYTES = 2**25
 
 
-def _batch(random: Random) -> list[Call]:
+def _batch(random: Random, *, extended: bool) -> list[Call]:
     parts = random.sample(range(PARTS), random.choice([1, 1, 1, 3, PARTS]))
-    calls = [_call(random, part * PART_BYTES) for part in parts]
+    calls = [_call(random, part * PART_BYTES, extended=extended) for part in parts]
     fatal = [call for call in calls if _is_fatal(call)]
     # What else was in flight then may have been done or not.
     return fatal[:1] or calls
@@ -151,7 +187,7 @@ def _is_fatal(call: Call) -> bool:
     return call.cmd == Cmd.WRITE and call.length > PAYLOAD_MAX_BYTES
 
 
-def _call(random: Random, start: int) -> Call:
+def _call(random: Random, start: int, *, extended: bool) -> Call:
     cmd = int(random.choice(COMMANDS if random.random() < 0.97 else UNKNOWN_COMMANDS))
     length = random.choice([*LENGTHS, random.randrange(PART_BYTES)])
     offset = start + random.randrange(PART_BYTES - length + 1)
@@ -161,7 +197,11 @@ def _call(random: Random, start: int) -> Call:
         if random.random() < 0.5:
             offset, length = random.choice(FAR), max(length, 2)
         elif cmd != Cmd.FLUSH:
-            offset, length = DISK_BYTES - PART_BYTES + 1, random.choice(LONG)
+            longer = [2**32, 2**40, 2**63 - 1] if extended and cmd != Cmd.WRITE else []
+            offset, length = DISK_BYTES - PART_BYTES + 1, random.choice([*LONG, *longer])
+    if flags & CmdFlag.PAYLOAD_LEN and (extended or cmd == Cmd.BLOCK_STATUS):
+        # With that, a length is a payload's: QEMU ends of a block status with one.
+        flags = 0
     data = b""
     if cmd == Cmd.WRITE and length <= PAYLOAD_MAX_BYTES:
         data = random.randbytes(length)
@@ -223,7 +263,7 @@ def run(address: str, program: Program) -> Played:
                 client.close()
                 client = _enter(address, program.haggling)
             else:
-                answers += map(_answer, client.pipeline(batch, depth=len(batch)))
+                answers += map(_answer, client.run_all(batch, depth=len(batch)))
         return Played(answers, client.read(0, DISK_BYTES))
     finally:
         client.close()
@@ -242,10 +282,25 @@ def _enter(address: str, haggling: Haggling) -> NbdClient:
     for option, data in haggling.options:
         client.option(option, data)
         client.structured |= option == Option.STRUCTURED_REPLY
+        client.extended |= option == Option.EXTENDED_HEADERS
     return client
 
 
-def _answer(result: bytes | NbdError) -> Answer:
-    if isinstance(result, NbdError):
-        return Answer(int(result.code), message=result.message)
-    return Answer(0, result)
+def _answer(pending: Pending) -> Answer:
+    if pending.error is not None:
+        return Answer(int(pending.error.code), message=pending.error.message)
+    statuses = {context: _runs(pending, runs) for context, runs in pending.statuses.items()}
+    return Answer(0, bytes(pending.data), statuses=statuses)
+
+
+def _runs(pending: Pending, told: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """End and flags of each run that is another than the one before it, up to the range's end."""
+    runs: list[tuple[int, int]] = []
+    at = pending.call.offset
+    end = at + pending.call.length
+    for length, flags in told:
+        at = min(at + length, end)
+        if runs and runs[-1][1] == flags:
+            runs.pop()
+        runs.append((at, flags))
+    return runs
