@@ -33,6 +33,8 @@ class Running:
         self._extended = replies.headers is Headers.EXTENDED
         self._bytes = 0
         self._one_ended = trio.Event()
+        #: The node's, as far as the client has heard of them.
+        self._doubts = export.node.doubts
         #: How many run now.
         self.count = 0
 
@@ -79,11 +81,22 @@ class Running:
                 reply = [self._done(request)]
             else:
                 await self._export.run(request, memoryview(payload))
+                if request.type == Cmd.FLUSH:
+                    self._tell_doubts()
                 reply = [self._done(request)]
         except OSError as error:
             await self.send_failure(request, error)
         else:
             await self._channel.send(*reply)
+
+    def _tell_doubts(self) -> None:
+        """Fail a flush where writes before it may be lost: once, to each client.
+
+        A client would take a success for a promise that all it has written is on the disk.
+        """
+        told, self._doubts = self._doubts, self._export.node.doubts
+        if self._doubts > told:
+            raise OSError(errno.EIO, "storage was away, and may have lost what was not flushed")
 
     # -- reading -----------------------------------------------------------------------------
 

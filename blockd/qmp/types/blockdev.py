@@ -262,8 +262,10 @@ class NbdOptions(NodeOptions, tag_field="driver", tag="nbd", kw_only=True):
 
     ``export``: its name, by default the empty one. ``open-timeout``: for so many seconds try to
     connect. ``reconnect-delay``: when the connection is lost, requests wait for so many seconds
-    for it to come back, before they fail. ``tls-creds``: the credentials with which it is
-    encrypted. ``tls-hostname``: the name in the server's certificate, by default its host.
+    for it to come back, before they fail; was there anything that had been written and not flushed,
+    the next flush of each client fails once, for the server may have lost it. ``tls-creds``: the
+    credentials with which it is encrypted. ``tls-hostname``: the name in the server's certificate,
+    by default its host.
     ``x-dirty-bitmap``: the meta context, say ``qemu:dirty-bitmap:NAME``, that is asked for in place
     of ``base:allocation``: what is set in it counts as not allocated.
     """
