@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import settings
@@ -32,3 +34,13 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 def small_backup_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backups in pieces so small that a few KiB take many of them."""
     use_small_limits(monkeypatch)
+
+
+@pytest.fixture
+def memory_path(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory, where there is such a thing: for tests that sync again and again, but
+    cut no real power.
+    """
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
+    with TemporaryDirectory(dir=memory, prefix="blockd-test-") as directory:
+        yield Path(directory)

@@ -305,8 +305,7 @@ class StateDirectory:
                 if self._attached and self._left_recorded:
                     self._opened.heartbeat.beat()
                 for keeper in self._attached.values():
-                    if keeper.due:
-                        self._nursery.start_soon(_checkpoint, keeper)
+                    self._nursery.start_soon(_look_after, keeper)
 
     async def close(self) -> None:
         """End the background work and let go of the directory. All nodes are closed."""
@@ -320,6 +319,7 @@ class Opened:
     def __init__(self, path: str, disk: Disk, lock: DirectoryLock) -> None:
         """Raises ``OSError`` and ``BlockdError``."""
         self._lock = lock
+        self._disk = disk
         self.database, damaged = open_database(os.path.join(path, "state.db"))
         try:
             if damaged:
@@ -337,6 +337,7 @@ class Opened:
     def end(self) -> None:
         """Let go of all of it."""
         self.heartbeat.end()
+        self._disk.end()
         self.database.close()
         self._lock.release()
 
@@ -351,9 +352,11 @@ def _jobs(database: Database) -> list[tuple[str, Mapping[str, str]]]:
     return jobs
 
 
-async def _checkpoint(keeper: KeptImage) -> None:
+async def _look_after(keeper: KeptImage) -> None:
     with suppress(OSError):
-        await keeper.checkpoint()
+        await keeper.record_loss()
+        if keeper.due:
+            await keeper.checkpoint()
 
 
 def _add(node: Node, found: Recovered) -> DirtyBitmap | None:

@@ -43,6 +43,10 @@ class Disk(Protocol):
 
     def sync_names(self) -> None: ...
 
+    def end(self) -> None:
+        """Let go of the directory."""
+        ...
+
 
 class HostDisk:
     """The host's file system."""
@@ -53,7 +57,6 @@ class HostDisk:
         self._directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def end(self) -> None:
-        """Let go of the directory."""
         os.close(self._directory)
 
     def names(self) -> Sequence[str]:

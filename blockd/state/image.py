@@ -73,6 +73,8 @@ class KeptImage:
         self._begun = self._done = 0
         self._want_whole = False
         self._failed = False
+        #: Epochs in which not all writes were noted, where that is not durable yet.
+        self._to_poison: set[int] = set()
         self._title_rows: dict[DirtyBitmap, int] = {}
         #: Rows of pieces that nothing refers to any more.
         self._garbage: list[int] = []
@@ -117,10 +119,12 @@ class KeptImage:
 
     async def _poison(self, error: OSError) -> None:
         epoch = self.journal.epoch
-        number = self.record.epoch if epoch is None else epoch.number
-        name = marks.marks_name(self.record.row, number)
+        self._to_poison.add(self.record.epoch if epoch is None else epoch.number)
+        if not self._failed:
+            self._failed = True
+            self._environment.listener.storing_failed(self.node, str(error.strerror or error))
         try:
-            await trio.to_thread.run_sync(marks.poison, self._environment.disk, name)
+            await self.record_loss()
         except OSError as second:
             _log.critical(
                 "node '%s': its bitmaps can't be kept, nor can that be recorded: %s; %s. If the "
@@ -129,14 +133,19 @@ class KeptImage:
                 error,
                 second,
             )
-        if not self._failed:
-            self._failed = True
-            self._environment.listener.storing_failed(self.node, str(error.strerror or error))
+
+    async def record_loss(self) -> None:
+        """Make it durable that not all writes were noted, as far as it is not. ``OSError``."""
+        for number in tuple(self._to_poison):
+            name = marks.marks_name(self.record.row, number)
+            await trio.to_thread.run_sync(marks.poison, self._environment.disk, name)
+            self._to_poison.discard(number)
 
     # -- epochs ------------------------------------------------------------------------------
 
     async def _make_epoch(self) -> Epoch:
         """The next epoch, which is recorded unless the bitmaps must be stored before."""
+        await self.record_loss()
         titles = [self._title(bitmap) for bitmap in self._persistent()]
         epoch, self._opened = await make_epoch(
             self._environment, self.node, self.record, titles, commit=self._sound

@@ -124,6 +124,8 @@ def read(disk: Disk, name: str) -> Marks:
         if header.name != name:
             raise DamagedError(f"the marks file '{name}' is another's")
         block = disk.read(fd, BLOCK_BYTES, marks_at - BLOCK_BYTES)
+        if len(block) < BLOCK_BYTES:
+            raise DamagedError(f"the marks file '{name}' is cut short")
         return Marks(
             header, block != bytes(BLOCK_BYTES), disk.read(fd, header.mark_bytes, marks_at)
         )

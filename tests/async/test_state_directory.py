@@ -10,6 +10,7 @@ import trio
 
 from blockd.errors import BlockdError
 from blockd.state import StateDirectory
+from blockd.state.host import Boot
 from tests.helpers.state_rig import DATA, GRANULE, REGION, SIZE, Heard, daemon, dirty, make_image
 
 ALL = set(range(SIZE // GRANULE))
@@ -35,7 +36,7 @@ async def test_a_clean_close_gives_the_bitmaps_back_as_they_were(path: Path, ima
         assert await first.state.keep(node)
         await node.write(9 * GRANULE, DATA)
         await first.close(node)
-    async with daemon(path, image, boot_id="another") as second:
+    async with daemon(path, image, boot=Boot("another", 0)) as second:
         node = await second.node()
         assert dirty(node, "on") == {3, 9}
         assert dirty(node, "off") == {1}
@@ -76,7 +77,7 @@ async def test_after_a_power_cut_no_more_is_dirty_than_was_armed(path: Path, ima
         await first.checkpoint(node)
         await node.write(2 * REGION, DATA)
         os.utime(image, ns=(0, 0))
-        async with daemon(first.after_kill(), image, boot_id="next") as second:
+        async with daemon(first.after_kill(), image, boot=Boot("next", 0)) as second:
             per_region = REGION // GRANULE
             assert dirty(await second.node()) == {0, *range(2 * per_region, 3 * per_region)}
 

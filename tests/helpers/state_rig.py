@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -15,6 +15,7 @@ import trio
 from blockd.bitmap import Bits, DirtyBitmap
 from blockd.block import FileDriver, Node
 from blockd.state import StateDirectory
+from blockd.state.database import Change, Database
 from blockd.state.directory import Opened
 from blockd.state.disk import Disk, HostDisk
 from blockd.state.host import Boot
@@ -23,6 +24,7 @@ from blockd.state.lock import DirectoryLock
 SIZE = 256 * 1024 * 1024
 GRANULE = 65536
 REGION = 16 * 1024 * 1024
+BOOT = Boot("boot", 0)
 DATA = memoryview(b"x" * 512)
 
 
@@ -100,19 +102,39 @@ Bitmap = DirtyBitmap
 
 @asynccontextmanager
 async def daemon(
-    path: Path, image: Path, *, boot_id: str = "boot", disk: Disk | None = None
+    path: Path,
+    image: Path,
+    *,
+    boot: Boot = BOOT,
+    disk: Disk | None = None,
+    before_commit: Callable[[], None] | None = None,
 ) -> AsyncIterator[Daemon]:
-    """A daemon without the rest. At the end nodes that are still open are let go of."""
+    """A daemon without the rest. At the end nodes that are still open are let go of.
+
+    ``before_commit`` is called in the place of each transaction, and may raise.
+    """
     os.makedirs(path, exist_ok=True)
     heard = Heard()
     async with trio.open_nursery() as nursery:
         disk = disk or HostDisk(str(path / "marks"))
         opened = Opened(str(path), disk, DirectoryLock(str(path)))
-        state = StateDirectory(nursery, heard, opened, Boot(boot_id, 0), disk)
+        if before_commit is not None:
+            _watch_commits(opened.database, before_commit)
+        state = StateDirectory(nursery, heard, opened, boot, disk)
         await state.begin()
         yield Daemon(state, heard, path, image)
         await state.close()
         nursery.cancel_scope.cancel()
+
+
+def _watch_commits(database: Database, before: Callable[[], None]) -> None:
+    commit = database.commit
+
+    def watched(changes: Sequence[Change]) -> None:
+        before()
+        commit(changes)
+
+    setattr(database, "commit", watched)  # noqa: B010 - mypy takes no other way
 
 
 def granules(bits: Bits) -> set[int]:

@@ -1,0 +1,120 @@
+"""A state directory that is cut off at any of its system calls and commits, by a kill or the power.
+
+One story of a guest and an administrator runs on a simulated disk. Before each call what would be
+left is set aside, with what must be dirty then; each time another daemon opens that. SQLite's own
+files are taken as they are between its transactions, which are atomic and durable by its own care
+(``test_state_kills`` has the real thing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.helpers.simulated_disk import SimulatedDisk
+from tests.helpers.state_rig import GRANULE, REGION, daemon, make_image
+from tests.helpers.state_story import PASSIVE, Story, World, copy_database, pretend, reopen
+
+POWER_CUTS = 2
+
+
+@dataclass
+class Cut:
+    """What is left, and what must be dirty."""
+
+    call: str
+    files: Path
+    disk: SimulatedDisk
+    must: dict[str, set[int]]
+    exact: bool
+    written: set[int]
+    changed: int
+
+
+@dataclass
+class Recorder:
+    """Sets aside what is left, before each call."""
+
+    path: Path
+    world: World
+    disk: SimulatedDisk
+    cuts: list[Cut] = field(default_factory=list)
+
+    def cut(self, call: str) -> None:
+        if call in PASSIVE:
+            return
+        files = self.path.with_name(f"cut-{len(self.cuts)}")
+        copy_database(self.path, files)
+        world = self.world
+        must = {name: set(granules) for name, granules in world.must.items()}
+        disk = SimulatedDisk()
+        disk.now, disk.durable = deepcopy((self.disk.now, self.disk.durable))
+        written = set(world.written)
+        self.cuts.append(Cut(call, files, disk, must, world.exact, written, world.changed))
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    world = World()
+    pretend(world, monkeypatch)
+    return world
+
+
+@pytest.fixture
+async def cuts(world: World, memory_path: Path) -> list[Cut]:
+    disk = SimulatedDisk()
+    recorder = Recorder(memory_path / "state", world, disk)
+    disk.before = recorder.cut
+    image = make_image(memory_path / "disk.img")
+
+    def before_commit() -> None:
+        recorder.cut("commit")
+
+    async with daemon(memory_path / "state", image, disk=disk, before_commit=before_commit) as one:
+        await Story(world, one).run()
+    recorder.cut("the end")
+    assert len(recorder.cuts) > 100
+    return recorder.cuts
+
+
+async def recovered(cut: Cut, world: World, *, power: Random | None) -> dict[str, set[int]]:
+    """The bitmaps that the next daemon has, none of them with a reason."""
+    world.changed = cut.changed
+    image = cut.files.with_name("disk.img")
+    found, heard = await reopen(world, cut.files, cut.disk, image, power=power)
+    assert heard.recovered == [], cut.call
+    return found
+
+
+def each(cuts: list[Cut]) -> Iterator[Cut]:
+    for number, cut in enumerate(cuts):
+        cut.call = f"before call {number}: {cut.call}"
+        yield cut
+
+
+async def test_promise_2_after_a_kill_at_any_call_nothing_is_lost(
+    cuts: list[Cut], world: World
+) -> None:
+    for cut in each(cuts):
+        found = await recovered(cut, world, power=None)
+        for name, granules in cut.must.items():
+            assert granules <= found[name], cut.call
+            if cut.exact:
+                assert found[name] == granules, cut.call
+
+
+async def test_promise_3_after_a_power_cut_at_any_call_no_more_is_dirty_than_was_armed(
+    cuts: list[Cut], world: World
+) -> None:
+    for cut in each(cuts):
+        for seed in range(POWER_CUTS):
+            found = await recovered(cut, world, power=Random(seed))
+            for name, granules in cut.must.items():
+                assert granules <= found[name], cut.call
+                size = 4 * GRANULE if name == "b" else GRANULE
+                assert {granule * size // REGION for granule in found[name]} <= cut.written
