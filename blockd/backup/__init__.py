@@ -1,6 +1,6 @@
 """Backups of a live node: what to copy, the view of the instant, the copying, and the end."""
 
-from blockd.backup.backup_job import BackupJob
+from blockd.backup.backup_job import BackupJob, JobRecord
 from blockd.backup.checks import plan_backup
 from blockd.backup.copier import OnErrors
 from blockd.backup.copy_before_write import (
@@ -24,6 +24,7 @@ __all__ = [
     "BitmapMode",
     "CopyBeforeWriteDriver",
     "FilterDriver",
+    "JobRecord",
     "Keeping",
     "OnErrors",
     "Performance",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import trio
 
@@ -19,6 +20,16 @@ from blockd.block import BeforeWrite, Node
 from blockd.job import Job, JobError
 
 _log = logging.getLogger(__name__)
+
+
+class JobRecord(Protocol):
+    """What is kept of a job where a crash does not reach it. Neither call raises."""
+
+    async def begin(self) -> None:
+        """Return once the record is durable, before anything is copied."""
+
+    async def end(self) -> None:
+        """Return once the source's bitmaps are durable as the job has left them."""
 
 
 class BackupJob(Job):
@@ -38,6 +49,7 @@ class BackupJob(Job):
         empty_target: Callable[[], Awaitable[None]] | None = None,
         target_path: str | None = None,
         release: Callable[[], Awaitable[None]] | None = None,
+        record: JobRecord | None = None,
         speed: int = 0,
         auto_finalize: bool = True,
         auto_dismiss: bool = True,
@@ -45,7 +57,8 @@ class BackupJob(Job):
         """``plan`` is for these nodes. ``target_path`` is the target's, if it is a regular file.
 
         ``empty_target`` is awaited before the first byte is copied, once the mark is there.
-        ``release`` is awaited at the very end: it lets go of the nodes.
+        ``release`` is awaited at the very end: it lets go of the nodes. ``record`` is for what
+        outlives the daemon.
         """
         super().__init__(
             job_id, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss
@@ -56,6 +69,7 @@ class BackupJob(Job):
         self._on_errors = on_errors
         self._empty_target = empty_target
         self._release = release
+        self._record = record
         self._mark: IncompleteMark | None = None
         self._target_file: TargetFile | None = None
         if target_path is not None:
@@ -126,6 +140,8 @@ class BackupJob(Job):
         try:
             if self._mark is not None:
                 await self._mark.put()
+            if self._record is not None:
+                await self._record.begin()
             await trio.lowlevel.checkpoint_if_cancelled()
             self._touched = True
             self._doubts = self._target.doubts
@@ -235,6 +251,8 @@ class BackupJob(Job):
 
     async def close(self) -> None:
         try:
+            if self._record is not None:
+                await self._record.end()
             if self._mark is not None and not self._touched:
                 await self._mark.withdraw()
             elif self._mark is not None and self._bitmap_knows_all:

@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Self
-from weakref import WeakKeyDictionary
 
 import trio
 
@@ -27,14 +26,13 @@ SUFFIX = ".blockd-incomplete"
 
 _EXPLANATION = "An incomplete backup made by blockd: do not restore from it."
 
-#: A later bitmap of the same name, or one of another daemon's life, does not know what this one
-#: knew, so a bitmap is told by a name of our own.
-_identities: WeakKeyDictionary[DirtyBitmap, str] = WeakKeyDictionary()
-
 
 @dataclass(frozen=True, slots=True)
 class BitmapNeed:
-    """One bitmap, of which a backup must be made."""
+    """One bitmap, of which a backup must be made.
+
+    A later one of the same name does not know what this one knew; hence the ``identity``.
+    """
 
     node: str
     name: str
@@ -42,7 +40,9 @@ class BitmapNeed:
 
     @classmethod
     def of(cls, node: str, bitmap: DirtyBitmap) -> Self:
-        return cls(node, bitmap.name, _identities.setdefault(bitmap, secrets.token_hex(16)))
+        if bitmap.identity is None:
+            bitmap.identity = secrets.token_hex(16)
+        return cls(node, bitmap.name, bitmap.identity)
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,9 @@ class DirtyBitmap:
         #: The place in the node's listing; the newer, the higher.
         self.rank = owner.next_rank()
         self.name = name
-        #: Whether the bitmap is to be kept in the image.
+        #: What tells it from any other of its name, once somebody has needed that.
+        self.identity: str | None = None
+        #: Whether the bitmap is to outlive the node.
         self.persistent = False
         #: Rises when bits change in another way than by guest writes: then all of them may have.
         self.version = 0

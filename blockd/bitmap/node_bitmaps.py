@@ -9,6 +9,7 @@ from itertools import count
 from blockd import limits
 from blockd.bitmap.bitmap import DirtyBitmap
 from blockd.bitmap.bits import Bits
+from blockd.bitmap.reason import Reason
 from blockd.bitmap.states import Frozen, Inconsistent, Recording, Stopped, idle
 from blockd.errors import BlockdError
 
@@ -24,6 +25,7 @@ class BitmapInfo:
     busy: bool
     persistent: bool
     inconsistent: bool = False
+    reason: Reason | None = None
 
 
 def default_granularity_bytes(cluster_size_bytes: int | None) -> int:
@@ -222,6 +224,7 @@ def _ranked_infos(bitmap: DirtyBitmap) -> Iterator[tuple[int, BitmapInfo]]:
             busy=bitmap.busy,
             persistent=bitmap.persistent,
             inconsistent=bitmap.inconsistent,
+            reason=bitmap.reason,
         ),
     )
     if isinstance(state, Frozen):

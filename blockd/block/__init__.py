@@ -2,6 +2,7 @@
 
 from blockd.block.accounting import Accounts, Counts
 from blockd.block.allocation import Allocation
+from blockd.block.archive import Archive, NoArchive
 from blockd.block.descriptor import Descriptor, WriteBy
 from blockd.block.driver import Driver
 from blockd.block.drivers.blkdebug import BlkdebugDriver, InjectError, SetState
@@ -34,6 +35,7 @@ __all__ = [
     "Access",
     "Accounts",
     "Allocation",
+    "Archive",
     "BeforeWrite",
     "BlkdebugDriver",
     "Claim",
@@ -50,6 +52,7 @@ __all__ = [
     "InjectError",
     "Journal",
     "NewFile",
+    "NoArchive",
     "Node",
     "NullDriver",
     "Perm",

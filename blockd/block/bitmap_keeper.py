@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 
 from blockd.bitmap import NodeBitmaps
 from blockd.block.bitmap_store import BitmapStore
@@ -38,12 +36,8 @@ class BitmapKeeper:
         self._loaded = True
 
     def check_new(self, name: str, granularity_bytes: int) -> None:
-        """Raise ``BlockdError`` where a new bitmap can't be kept."""
-        if self.store is None:
-            raise BlockdError(
-                f"Can't store persistent bitmaps to {self._node_name}: "
-                f"{os.strerror(errno.EOPNOTSUPP)}"
-            )
+        """Raise ``BlockdError`` where the store can't keep a new bitmap."""
+        assert self.store is not None
         try:
             self.store.check_new(name, granularity_bytes, self._bitmaps.kept())
         except BlockdError as error:

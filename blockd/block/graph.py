@@ -5,13 +5,20 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from functools import partial
 
 import trio
 
 from blockd import limits
 from blockd.block.accounting import Accounts, Inline
+from blockd.block.archive import Archive, NoArchive
 from blockd.block.driver import Corruption, Driver
 from blockd.block.holds import Follower, Hold
 from blockd.block.node import Node
@@ -30,13 +37,20 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 class Graph:
     """The nodes. A node made for its parent alone has a name of ours and goes with the parent."""
 
-    def __init__(self, tasks: trio.Nursery | None = None, bus: Bus | None = None) -> None:
+    def __init__(
+        self,
+        tasks: trio.Nursery | None = None,
+        bus: Bus | None = None,
+        archive: Archive | None = None,
+    ) -> None:
         """``tasks``: for the drivers that need a task of their own, as long as they are open.
 
         ``bus``: for what nodes have to tell.
         """
         self.tasks = tasks
         self._bus = bus or Bus()
+        #: Where the bitmaps are kept that outlive their nodes.
+        self.archive: Archive = archive or NoArchive()
         #: What the options of nodes may name.
         self.objects = Objects()
         self._nodes: dict[str, Node] = {}
@@ -298,10 +312,19 @@ class Graph:
         async with AsyncExitStack() as cleanup:
             # From the last to the first, whatever fails on the way.
             cleanup.push_async_callback(self._remove_from_below, node)
-            cleanup.push_async_callback(_close, node)
-            if not node.read_only:
-                await node.flush()
-                await node.keeper.save()
+            try:
+                if not node.read_only:
+                    await node.flush()
+                    await node.keeper.save()
+            except BaseException:
+                await self._close(node, nullcontext())
+                raise
+            await self._close(node, self.archive.closing(node))
+
+    async def _close(self, node: Node, closing: AbstractAsyncContextManager[None]) -> None:
+        with trio.CancelScope(shield=True):
+            async with closing:
+                await node.close()
 
     async def _remove_from_below(self, node: Node) -> None:
         children = self.standing.unlink_all(node)
@@ -347,8 +370,3 @@ class Graph:
                 await self.remove(free)
         if errors:
             raise ExceptionGroup("some nodes could not be flushed", errors)
-
-
-async def _close(node: Node) -> None:
-    with trio.CancelScope(shield=True):
-        await node.close()

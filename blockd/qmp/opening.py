@@ -167,6 +167,8 @@ async def open_node(
         raise
     try:
         await node.keeper.load(read_only=node.read_only)
+        if owned:
+            await graph.archive.attach(node)
     except BaseException:
         with trio.CancelScope(shield=True):
             await graph.remove(node)

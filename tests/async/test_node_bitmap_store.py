@@ -175,6 +175,3 @@ def test_new_ones_are_refused_with_the_node_named(driver: MemoryDriver) -> None:
     node.keeper.check_new("b", GRANULARITY)
     with pytest.raises(BlockdError, match="Can't make bitmap 'no' persistent in 'n': No write"):
         node.keeper.check_new("no", GRANULARITY)
-    plain = Graph().add("p", MemoryDriver(SIZE), owned=True)
-    with pytest.raises(BlockdError, match="Can't store persistent bitmaps to p: Operation not"):
-        plain.keeper.check_new("b", GRANULARITY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.helpers.scenario import MIB, Asleep, Do, Step, Until, Write, do
+from tests.helpers.scenario import MIB, Asleep, Differs, Do, Step, Until, Write, do
 from tests.helpers.tidy import Message
 
 CLUSTER = 64 * 1024
@@ -75,6 +75,12 @@ def drive_backup(**options: Any) -> Do:
 def status(which: str, job: str = "j") -> Until:
     """Wait for a job to be ``paused``, ``concluded`` and so on."""
     return Until("JOB_STATUS_CHANGE", {"id": job, "status": which})
+
+
+def not_kept(step: Do, node: str = "n") -> Differs:
+    """A persistent bitmap where nothing can keep it."""
+    why = f"Can't store persistent bitmaps to {node}: Operation not supported"
+    return Differs(step, "ours tells the way out", refused(f"{why}: start blockd with --state-dir"))
 
 
 def refused(description: str) -> list[Message]:

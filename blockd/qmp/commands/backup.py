@@ -21,7 +21,7 @@ from blockd.backup import (
     Sync,
     plan_backup,
 )
-from blockd.block import Node, Role
+from blockd.block import Archive, Node, Role
 from blockd.errors import BlockdError
 from blockd.job import OnError
 from blockd.qmp.commands.action import Action, Change, carry_out
@@ -107,6 +107,7 @@ class _BackUp(Action):
             empty_target=target.empty,
             target_path=target.node.path,
             release=self._release,
+            record=_Record(self._services.graph.archive, arguments, source, target.node),
             speed=arguments.speed,
             auto_finalize=arguments.auto_finalize,
             auto_dismiss=arguments.auto_dismiss,
@@ -141,6 +142,30 @@ class _BackUp(Action):
         node = graph.add(name, FilterDriver(source), owned=False, hidden=True)
         self._made.push_async_callback(graph.remove, node)
         self._holds.callback(graph.hold(node, user, Role.TARGET, writes=False).release)
+
+
+class _Record:
+    """What the archive has of a backup, from before it copies anything to its end."""
+
+    def __init__(self, archive: Archive, arguments: Backup, source: Node, target: Node) -> None:
+        self._archive = archive
+        self._arguments = arguments
+        self._source = source
+        self._target = target
+
+    async def begin(self) -> None:
+        arguments = self._arguments
+        facts = {
+            "node": self._source.name,
+            "target": self._target.driver.filename,
+            "sync": arguments.sync,
+            **({} if arguments.bitmap is None else {"bitmap": arguments.bitmap}),
+        }
+        await self._archive.record_job(arguments.job_id, facts)
+
+    async def end(self) -> None:
+        await self._archive.keep(self._source)
+        await self._archive.forget_job(self._arguments.job_id)
 
 
 class BackUpToNode(_BackUp):

@@ -6,6 +6,8 @@ mark before, and its data may arrive afterwards.
 
 from __future__ import annotations
 
+import secrets
+
 import trio
 
 from blockd.bitmap import Bits, DirtyBitmap, default_granularity_bytes
@@ -27,28 +29,41 @@ from blockd.qmp.types.bitmap import (
 async def add(services: Services, arguments: BlockDirtyBitmapAdd) -> None:
     async with _node_to_add_to(services, arguments).quiesced():
         do_add(services, arguments).commit()
+    await _keep(services, arguments.node)
 
 
 async def remove(services: Services, arguments: BlockDirtyBitmapRemove) -> None:
     await _node(services, arguments.node).keeper.remove(arguments.name)
+    await _keep(services, arguments.node)
 
 
 async def clear(services: Services, arguments: BlockDirtyBitmapClear) -> None:
     async with _node(services, arguments.node).quiesced():
         do_clear(services, arguments).commit()
+    await _keep(services, arguments.node)
 
 
 async def enable(services: Services, arguments: BlockDirtyBitmapEnable) -> None:
     async with _node(services, arguments.node).quiesced():
         do_enable(services, arguments).commit()
+    await _keep(services, arguments.node)
 
 
-def disable(services: Services, arguments: BlockDirtyBitmapDisable) -> None:
+async def disable(services: Services, arguments: BlockDirtyBitmapDisable) -> None:
     do_disable(services, arguments).commit()
+    await _keep(services, arguments.node)
 
 
-def merge(services: Services, arguments: BlockDirtyBitmapMerge) -> None:
+async def merge(services: Services, arguments: BlockDirtyBitmapMerge) -> None:
     do_merge(services, arguments).commit()
+    await _keep(services, arguments.node)
+
+
+async def _keep(services: Services, name: str) -> None:
+    """A kill after the reply finds the bitmaps as they are now."""
+    node = services.graph.find(name)
+    if node is not None:
+        await services.graph.archive.keep(node)
 
 
 def do_add(services: Services, arguments: BlockDirtyBitmapAdd) -> Change:
@@ -58,10 +73,20 @@ def do_add(services: Services, arguments: BlockDirtyBitmapAdd) -> Change:
         granularity_bytes = default_granularity_bytes(node.driver.cluster_size_bytes)
     node.bitmaps.check_new(arguments.name, granularity_bytes)
     if arguments.persistent:
-        node.keeper.check_new(arguments.name, granularity_bytes)
+        _check_persistent(services, node, arguments.name, granularity_bytes)
     bitmap = node.bitmaps.add(arguments.name, granularity_bytes, disabled=arguments.disabled)
     bitmap.persistent = arguments.persistent
+    if bitmap.persistent:
+        # Now, so that it is kept with it.
+        bitmap.identity = secrets.token_hex(16)
     return Change(undo=lambda: node.bitmaps.remove(arguments.name))
+
+
+def _check_persistent(services: Services, node: Node, name: str, granularity_bytes: int) -> None:
+    if node.keeper.store is None:
+        services.graph.archive.check_persistent(node)
+    else:
+        node.keeper.check_new(name, granularity_bytes)
 
 
 def do_remove(services: Services, arguments: BlockDirtyBitmapRemove) -> Change:

@@ -40,6 +40,9 @@ async def block_resize(services: Services, arguments: BlockResize) -> None:
         await graph.resize(node, arguments.size)
     except OSError as error:
         raise BlockdError(f"Could not resize file: {error.strerror}") from error
+    finally:
+        for each in (node, *graph.standing.below(node), *graph.standing.above(node)):
+            await graph.archive.keep(each)
 
 
 def block_set_write_threshold(services: Services, arguments: BlockSetWriteThreshold) -> None:
@@ -104,6 +107,8 @@ def _describe_bitmap(info: BitmapInfo) -> dict[str, Any]:
     described: dict[str, Any] = {} if info.name is None else {"name": info.name}
     if info.inconsistent:
         described["inconsistent"] = True
+    if info.reason is not None:
+        described["reason"] = info.reason.value
     return described | {
         "recording": info.recording,
         "persistent": info.persistent,

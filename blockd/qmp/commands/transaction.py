@@ -42,6 +42,11 @@ class _ChangeBitmap(Action):
     def take_effect(self) -> Change:
         return self._do(self._services, self._arguments)
 
+    async def settle(self, *, committed: bool) -> None:
+        if committed:
+            for node in self.nodes():
+                await self._services.graph.archive.keep(node)
+
 
 class _RemoveBitmap(_ChangeBitmap):
     """The image forgets a persistent one once the transaction has taken effect."""
@@ -58,6 +63,7 @@ class _RemoveBitmap(_ChangeBitmap):
     async def settle(self, *, committed: bool) -> None:
         if committed and self._done_to is not None:
             await self._done_to.keeper.forget_removed(self._arguments.name)
+        await super().settle(committed=committed)
 
 
 def _changes(do: Callable[[Services, Any], Change]) -> Callable[[Services, Any], Action]:

@@ -24,9 +24,9 @@ class BlockDirtyBitmapAdd(Command, kw_only=True):
     """Make a bitmap that records the node's writes from now on.
 
     ``granularity``: bytes that one bit stands for, a power of two from 512 to 2 GiB; by default
-    the node's cluster size within 4 KiB and 64 KiB, or 64 KiB. ``persistent``: kept in the
-    image when the node is closed, which qcow2 images can do. ``disabled``: it does not record
-    until enabled.
+    the node's cluster size within 4 KiB and 64 KiB, or 64 KiB. ``persistent``: it outlives
+    blockd, in its state directory, and is stored in a qcow2 image when the node is closed.
+    ``disabled``: it does not record until enabled.
     """
 
     command: ClassVar[str] = "block-dirty-bitmap-add"

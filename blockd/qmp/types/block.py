@@ -138,13 +138,17 @@ class NodeCacheInfo(Object, kw_only=True):
     no_flush: bool
 
 
+BitmapReason = Literal["crash-unrecoverable", "image-changed", "size-changed", "state-damaged"]
+
+
 class BlockDirtyInfo(Object, kw_only=True):
     """A dirty bitmap.
 
     ``name``: absent for one that a job has put in the place of a frozen one. ``count``: dirty
     bytes. ``granularity``: in bytes. ``busy``: a job has it, and no command may change it.
-    ``persistent``: the image keeps it. ``inconsistent``: nobody knows what is dirty, as it was in
-    use when the image was last left; it can only be removed.
+    ``persistent``: it outlives blockd. ``inconsistent``: nobody knows what is dirty; it can only be
+    removed. ``reason``: why it came back other than it was, until it is cleared, or a backup by it
+    succeeds.
     """
 
     name: str | None = None
@@ -154,6 +158,7 @@ class BlockDirtyInfo(Object, kw_only=True):
     busy: bool
     persistent: bool
     inconsistent: bool | None = None
+    reason: BitmapReason | None = None
 
 
 class BlockDeviceInfo(Object, kw_only=True):

@@ -10,6 +10,7 @@ from tests.interop.words import (
     export,
     merge,
     node,
+    not_kept,
     server,
     slow_backup,
 )
@@ -72,7 +73,7 @@ SCENARIOS = [
             bitmap("b", wat=1),
             bitmap("b", disabled="x"),
             bitmap("b", persistent=1),
-            bitmap("b", persistent=True),
+            not_kept(bitmap("b", persistent=True)),
             *[do(f"block-dirty-bitmap-{command}", node="n") for command in COMMANDS],
             *[do(f"block-dirty-bitmap-{command}", node="n", name=[]) for command in COMMANDS],
         ],

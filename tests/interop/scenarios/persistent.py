@@ -30,6 +30,7 @@ from tests.interop.words import (
     file,
     merge,
     node,
+    not_kept,
     refused,
     server,
     unexport,
@@ -127,7 +128,7 @@ SCENARIOS = [
         "persistent-in-what-cannot",
         [
             node("n"),
-            bitmap("a", persistent=True),
+            not_kept(bitmap("a", persistent=True)),
             delete("n"),
             *image(version="v2"),
             qcow2(),

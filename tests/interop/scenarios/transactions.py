@@ -15,6 +15,7 @@ from tests.helpers.scenario import (
     EachJob,
     FileSizeLimit,
     Scenario,
+    Step,
     Until,
     Write,
     do,
@@ -26,6 +27,7 @@ from tests.interop.words import (
     TWO_WRITES,
     bitmap,
     node,
+    not_kept,
     status,
 )
 
@@ -84,7 +86,7 @@ SLOW: dict[str, Any] = {"speed": 1}
 MANUAL: dict[str, Any] = {"auto_finalize": False}
 
 
-def refusals(name: str, *transactions: Do) -> Scenario:
+def refusals(name: str, *transactions: Step) -> Scenario:
     """Each is refused; the bitmaps and nodes are those from before."""
     steps = [step for each in transactions for step in (each, Bitmaps("n"), Bitmaps("m"))]
     return Scenario(f"transaction-refused-{name}", [*TWO_DISKS, bitmap("c"), *steps])
@@ -173,7 +175,7 @@ SCENARIOS = [
         transaction(on_bitmap("add", "x"), on_bitmap("add", on="zz")),
         transaction(on_bitmap("add", "x", granularity=3)),
         transaction(on_bitmap("add", "")),
-        transaction(on_bitmap("add", "x", persistent=True)),
+        not_kept(transaction(on_bitmap("add", "x", persistent=True))),
         transaction(on_bitmap("remove", "zz")),
         transaction(on_bitmap("clear", "zz")),
         transaction(on_bitmap("clear", on="zz")),

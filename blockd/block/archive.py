@@ -1,0 +1,65 @@
+"""Where the daemon keeps bitmaps of nodes, whatever their images can keep themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import Protocol
+
+import trio
+
+from blockd.block.node import Node
+from blockd.errors import BlockdError
+
+
+class Archive(Protocol):
+    """What outlives the daemon, as the graph and the commands use it (``StateDirectory``)."""
+
+    def check_persistent(self, node: Node) -> None:
+        """Raise ``BlockdError`` where no bitmap of this node can be kept."""
+
+    async def attach(self, node: Node) -> None:
+        """Give a node that has just been opened the bitmaps which its image had."""
+
+    async def keep(self, node: Node) -> bool:
+        """Return once its bitmaps, which a command or a job has changed, are durable.
+
+        False where that failed, or takes too long; administrators have heard of it.
+        """
+        ...
+
+    def closing(self, node: Node) -> AbstractAsyncContextManager[None]:
+        """The body closes the node's driver: nothing writes to the node any more."""
+        ...
+
+    async def record_job(self, job_id: str, facts: Mapping[str, str]) -> None:
+        """Keep what an administrator should know of a job if the daemon dies."""
+
+    async def forget_job(self, job_id: str) -> None:
+        """The job has ended."""
+
+
+class NoArchive:
+    """Nothing is kept."""
+
+    def check_persistent(self, node: Node) -> None:
+        raise BlockdError(
+            f"Can't store persistent bitmaps to {node.name}: Operation not supported: "
+            "start blockd with --state-dir"
+        )
+
+    async def attach(self, node: Node) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def keep(self, node: Node) -> bool:
+        await trio.lowlevel.checkpoint()
+        return True
+
+    def closing(self, node: Node) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
+
+    async def record_job(self, job_id: str, facts: Mapping[str, str]) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def forget_job(self, job_id: str) -> None:
+        await trio.lowlevel.checkpoint()

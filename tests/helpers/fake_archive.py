@@ -1,0 +1,42 @@
+"""An archive in memory that logs what it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import trio
+
+from blockd.block import Node
+
+
+class FakeArchive:
+    """``ready``: what ``keep`` waits for."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.ready = trio.Event()
+        self.ready.set()
+
+    def check_persistent(self, node: Node) -> None:
+        """Everything can be kept."""
+
+    async def attach(self, node: Node) -> None:
+        self.log.append(f"attach {node.name}")
+
+    async def keep(self, node: Node) -> bool:
+        await self.ready.wait()
+        self.log.append(f"keep {node.name}")
+        return True
+
+    @asynccontextmanager
+    async def closing(self, node: Node) -> AsyncIterator[None]:
+        self.log.append(f"close {node.name}")
+        yield
+        self.log.append(f"closed {node.name}")
+
+    async def record_job(self, job_id: str, facts: Mapping[str, str]) -> None:
+        self.log.append(f"record {job_id} {' '.join(facts.values())}")
+
+    async def forget_job(self, job_id: str) -> None:
+        self.log.append(f"forget {job_id}")
