@@ -49,7 +49,8 @@ class NodeBitmaps:
 
     def __init__(self, size_bytes: int) -> None:
         self._size_bytes = size_bytes
-        self._largest_bytes = size_bytes
+        #: How large the node has ever been: beyond its present end, nothing is as a backup has it.
+        self.largest_bytes = size_bytes
         self._bitmaps: dict[str, DirtyBitmap] = {}
         self._ranks = count()
         self.recent: list[tuple[int, int]] = []
@@ -139,8 +140,8 @@ class NodeBitmaps:
         for bitmap in self._bitmaps.values():
             bitmap.resize(size_bytes)
         for bits in self._recorders():
-            bits.mark(old_bytes, min(size_bytes, self._largest_bytes) - old_bytes)
-        self._largest_bytes = max(self._largest_bytes, size_bytes)
+            bits.mark(old_bytes, min(size_bytes, self.largest_bytes) - old_bytes)
+        self.largest_bytes = max(self.largest_bytes, size_bytes)
 
     def fold(self) -> None:
         """Move the recent writes into every bitmap that records, as they are now.

@@ -32,7 +32,7 @@ from blockd.state.loading import load_images, recover_image
 from blockd.state.lock import DirectoryLock
 from blockd.state.places import Place, find_place, identify, shape_of
 from blockd.state.records import DamagedError, Identity, ImageRecord, JobRecord, unseal
-from blockd.state.recovery import Circumstances, Recovered, Recovery
+from blockd.state.recovery import Circumstances, Recovered
 
 _log = logging.getLogger(__name__)
 
@@ -168,6 +168,7 @@ class StateDirectory:
         environment = self._environment
         recovery = await recover_image(image, now, environment.commits, environment.disk)
         kept = {}
+        node.bitmaps.largest_bytes = max(node.size_bytes, image.largest_bytes)
         for found in recovery.bitmaps:
             bitmap = _add(node, found)
             if bitmap is not None and found.record is not None:
@@ -175,13 +176,6 @@ class StateDirectory:
             if bitmap is not None and found.reason is not None:
                 self._listener.bitmap_recovered(node, bitmap)
         await self._keep(node, image, kept, as_stored=recovery.as_stored)
-        self._say(node, recovery)
-
-    def _say(self, node: Node, recovery: Recovery) -> None:
-        for found in recovery.bitmaps:
-            if found.reason is not None:
-                reason, name = found.reason.value, found.title.name
-                _log.warning("node '%s': bitmap '%s' is all dirty: %s", node.name, name, reason)
 
     async def _keep(
         self, node: Node, image: ImageRecord, kept: Mapping[DirtyBitmap, Kept], *, as_stored: bool
@@ -365,9 +359,11 @@ def _add(node: Node, found: Recovered) -> DirtyBitmap | None:
     for there in node.bitmaps.list():
         if there.name == name:
             if not isinstance(there.state, Inconsistent):
+                if found.reason is None:
+                    there.identity = found.title.identity
                 return None
             node.bitmaps.remove(name)
     state = Recording(found.bits) if found.title.recording else Stopped(found.bits)
     bitmap = node.bitmaps.add_kept(name, state, read_only=False)
-    bitmap.reason = found.reason
+    bitmap.reason, bitmap.identity = found.reason, found.title.identity
     return bitmap

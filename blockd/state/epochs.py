@@ -75,6 +75,7 @@ async def _opened(record: ImageRecord, node: Node, boot_id: str) -> ImageRecord:
         epoch=number,
         left_ns=None,
         damaged=False,
+        largest_bytes=node.bitmaps.largest_bytes,
     )
 
 

@@ -179,7 +179,9 @@ class KeptImage:
             row = kept.record.title.row
         else:
             row = self._title_rows.setdefault(bitmap, next(self._environment.rows))
-        return BitmapTitle(row, bitmap.name, bitmap.granularity_bytes, bitmap.recording)
+        return BitmapTitle(
+            row, bitmap.name, bitmap.granularity_bytes, bitmap.recording, bitmap.identity
+        )
 
     # -- checkpoints -------------------------------------------------------------------------
 

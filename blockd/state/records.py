@@ -58,6 +58,8 @@ class BitmapTitle(msgspec.Struct, frozen=True):
     name: str
     granularity_bytes: int
     recording: bool
+    #: As ``DirtyBitmap.identity``.
+    identity: str | None = None
 
 
 class BitmapRecord(msgspec.Struct, frozen=True):
@@ -76,7 +78,8 @@ class ImageRecord(msgspec.Struct, frozen=True):
     ``open``: it may have been written to since ``identity`` was taken in the boot ``boot_id``;
     armed regions, and the marks of the epochs from ``since`` to ``epoch``, tell where. Else it
     was closed cleanly, as ``identity`` has it. ``left_ns``: when the daemon that had it open was
-    last alive, by the wall clock; None while one has it, so far as is known.
+    last alive, by the wall clock; None while one has it, so far as is known. ``largest_bytes``: as
+    ``NodeBitmaps`` has it.
     """
 
     row: int
@@ -90,6 +93,7 @@ class ImageRecord(msgspec.Struct, frozen=True):
     bitmaps: tuple[BitmapTitle, ...]
     left_ns: int | None = None
     damaged: bool = False
+    largest_bytes: int = 0
 
 
 class ArmedRow(msgspec.Struct, frozen=True):
