@@ -56,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="take QMP clients on this socket, which is created with mode 0600",
     )
+    parser.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        help="keep persistent bitmaps in this directory, which is created where it is missing; "
+        "one daemon uses it at a time",
+    )
     _add_access_options(parser)
     parser.add_argument("--version", action="version", version=f"blockd {__version__}")
     return parser
@@ -98,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     status = 0
     try:
-        trio.run(daemon.run, options.qmp, _access_list(options))
+        trio.run(daemon.run, options.qmp, _access_list(options), options.state_dir)
     except* BlockdError as refusals:
         _log.error("%s", refusals.exceptions[0])
         status = 1

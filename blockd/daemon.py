@@ -8,32 +8,42 @@ import os
 import signal
 import threading
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import trio
 
 from blockd import limits
-from blockd.block import Graph
+from blockd.block import Archive, Graph, NoArchive
 from blockd.events import Bus
 from blockd.job import Jobs
 from blockd.nbd import NbdServer
 from blockd.qmp import AccessList, QmpServer, Services
+from blockd.state import StateDirectory, StateEvents, tell_of_unfinished
 from blockd.systemd import ServiceManager
 
 _log = logging.getLogger(__name__)
 
 
-async def run(qmp_path: str, access_list: AccessList | None = None) -> None:
+async def run(
+    qmp_path: str, access_list: AccessList | None = None, state_path: str | None = None
+) -> None:
     """Serve QMP clients on a Unix socket until one says ``quit`` or a signal says so.
 
     ``access_list``: who they may be; without one, whoever the socket's mode lets in.
-    Raises ``BlockdError`` where the socket can't be had.
+    ``state_path``: the directory in which bitmaps outlive the daemon.
+    Raises ``BlockdError`` where the socket or the directory can't be had.
     """
     last_resort = threading.Timer(limits.LAST_RESORT_SECONDS, _exit_at_once)
     last_resort.daemon = True
     try:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async with trio.open_nursery() as nursery:
-                await _serve(qmp_path, access_list, nursery, signals, last_resort)
+                bus = Bus()
+                async with _archive(state_path, nursery, bus) as archive:
+                    graph = Graph(nursery, bus, archive)
+                    await _serve(
+                        qmp_path, access_list, nursery, signals, last_resort, graph=graph, bus=bus
+                    )
                 nursery.cancel_scope.cancel()
     finally:
         last_resort.cancel()
@@ -45,9 +55,11 @@ async def _serve(
     nursery: trio.Nursery,
     signals: AsyncIterator[int],
     last_resort: threading.Timer,
+    *,
+    graph: Graph,
+    bus: Bus,
 ) -> None:
     manager = ServiceManager()
-    bus = Bus()
     stop, ended = trio.Event(), trio.Event()
 
     async def end_service() -> None:
@@ -61,7 +73,7 @@ async def _serve(
         await ended.wait()
 
     jobs, nbd = Jobs(nursery, bus), NbdServer(nursery, bus)
-    services = Services(Graph(nursery, bus), jobs, nbd, bus, end_service, stop.set)
+    services = Services(graph, jobs, nbd, bus, end_service, stop.set)
     qmp = QmpServer(qmp_path, services, access_list)
     await nursery.start(qmp.serve)
     nursery.start_soon(_stop_at_signal, signals, stop)
@@ -79,7 +91,22 @@ async def _serve(
             await end_service()
             with trio.move_on_after(limits.SHUTDOWN_SECONDS):
                 await qmp.close()
-            await _close_nodes(services.graph)
+            await _close_nodes(graph)
+
+
+@asynccontextmanager
+async def _archive(path: str | None, nursery: trio.Nursery, bus: Bus) -> AsyncIterator[Archive]:
+    """What keeps the bitmaps, for as long as there are nodes."""
+    if path is None:
+        yield NoArchive()
+        return
+    state = await StateDirectory.open(path, nursery, StateEvents(bus))
+    try:
+        tell_of_unfinished(state.unfinished_jobs)
+        yield state
+    finally:
+        with trio.move_on_after(limits.SHUTDOWN_SECONDS, shield=True):
+            await state.close()
 
 
 async def _end_service(services: Services) -> None:

@@ -19,9 +19,15 @@ settings.load_profile("without deadlines")
 
 
 @pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
+def daemon_options() -> list[str]:
+    """Of the daemon's command line, beside ``--qmp``."""
+    return []
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, daemon_options: list[str]) -> Iterator[Daemon]:
     """A running daemon. It must end in order, unless the test ends it, and log no traceback."""
-    daemon = Daemon(tmp_path)
+    daemon = Daemon(tmp_path, options=daemon_options)
     daemon.start()
     yield daemon
     status = daemon.terminate() if daemon.running else 0

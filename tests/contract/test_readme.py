@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.qcow2 import qemu_img
@@ -16,6 +18,11 @@ from tests.helpers.readme import README, commands_in_blocks, shell_lines
 from tests.helpers.tools import require_tool
 
 DISK_BYTES = 1 << 20
+
+
+@pytest.fixture
+def daemon_options(tmp_path: Path) -> list[str]:
+    return ["--state-dir", str(tmp_path / "state")]
 
 
 def carry_out(qmp: QmpClient, commands: list[dict[str, Any]], *, backups: int = 1) -> None:

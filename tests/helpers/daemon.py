@@ -26,10 +26,13 @@ class Daemon:
         directory: Path,
         program: Sequence[str] = (sys.executable, "-m", "blockd"),
         *,
+        options: Sequence[str] = (),
         pass_fds: Sequence[int] = (),
     ) -> None:
+        """``options``: of the command line, beside ``--qmp``."""
         self.directory = directory
         self.program = program
+        self.options = options
         self._pass_fds = pass_fds
         self.qmp_path = directory / "qmp.sock"
         self.log_path = directory / "blockd.log"
@@ -47,22 +50,26 @@ class Daemon:
     def log(self) -> str:
         return self.log_path.read_text() if self.log_path.exists() else ""
 
+    def spawn(self, **environment: str) -> None:
+        """Start the daemon, and do not wait for it."""
+        assert not self.running
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*self.program, "--qmp", f"unix:{self.qmp_path}", *self.options],
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=self._pass_fds,
+            )
+
     def start(self) -> None:
         """Start the daemon; return when it says that it takes connections."""
-        assert not self.running
         notify_path = self.directory / "notify.sock"
         notify_path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.bind(str(notify_path))
-            with self.log_path.open("ab") as log:
-                self._process = subprocess.Popen(
-                    [*self.program, "--qmp", f"unix:{self.qmp_path}"],
-                    env={**os.environ, "NOTIFY_SOCKET": str(notify_path)},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=self._pass_fds,
-                )
+            self.spawn(NOTIFY_SOCKET=str(notify_path))
             self._await_ready(notify)
 
     def _await_ready(self, notify: socket.socket) -> None:

@@ -36,6 +36,9 @@ async def blockdev_reopen(services: Services, arguments: BlockdevReopen) -> None
             node = _find(graph, options)
             await _plan(reopening, graph, node, options, ROOT)
         await reopening.commit()
+        for node in graph:
+            # Some may stand on other images now.
+            await graph.archive.keep(node)
     except BaseException:
         with trio.CancelScope(shield=True):
             await reopening.abandon()

@@ -72,6 +72,9 @@ class _Snapshot(Action):
     async def settle(self, *, committed: bool) -> None:
         if committed and self._staged is not None:
             await self._graph.retire(self._staged)
+            for above in self._graph.standing.above(self._staged):
+                # It stands on another image now.
+                await self._graph.archive.keep(above)
 
 
 class SnapshotToNode(_Snapshot):

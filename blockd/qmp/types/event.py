@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from blockd.qmp.types.base import Object
+from blockd.qmp.types.block import BitmapReason
 from blockd.qmp.types.job import JobStatus, JobType
 
 
@@ -112,6 +113,41 @@ class BlockImageCorrupted(Event, kw_only=True):
     fatal: bool
 
 
+class BlockDirtyBitmapRecovered(Event, kw_only=True):
+    """A bitmap that was kept came back other than it was, because of ``reason``.
+
+    Everything is dirty in it, or it is ``inconsistent`` and can only be removed.
+    """
+
+    event: ClassVar[str] = "BLOCK_DIRTY_BITMAP_RECOVERED"
+
+    node_name: str
+    name: str
+    reason: BitmapReason
+    inconsistent: bool
+
+
+class BlockDirtyBitmapsUnsafe(Event, kw_only=True):
+    """The state directory can't be written to, as ``error`` says.
+
+    Guests go on, and the node's bitmaps are right for as long as blockd runs. After a crash the
+    persistent ones would come back all dirty.
+    """
+
+    event: ClassVar[str] = "BLOCK_DIRTY_BITMAPS_UNSAFE"
+
+    node_name: str
+    error: str
+
+
+class BlockDirtyBitmapsSafe(Event, kw_only=True):
+    """What BLOCK_DIRTY_BITMAPS_UNSAFE told is over."""
+
+    event: ClassVar[str] = "BLOCK_DIRTY_BITMAPS_SAFE"
+
+    node_name: str
+
+
 EVENTS: list[type[Event]] = [
     JobStatusChange,
     BlockJobPending,
@@ -121,4 +157,7 @@ EVENTS: list[type[Event]] = [
     BlockExportDeleted,
     BlockWriteThreshold,
     BlockImageCorrupted,
+    BlockDirtyBitmapRecovered,
+    BlockDirtyBitmapsUnsafe,
+    BlockDirtyBitmapsSafe,
 ]

@@ -1,0 +1,174 @@
+"""Promise 6: an image that was changed while blockd did not have it is found out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.kept_disk import DISK_BYTES, GRANULE_BYTES, KeptDisk
+from tests.helpers.tools import require_tool
+
+
+def disk_of(directory: Path, driver: str) -> Iterator[KeptDisk]:
+    disk = KeptDisk(directory, driver=driver)
+    disk.start()
+    disk.add_bitmap()
+    disk.write([1, 2])
+    yield disk
+    disk.end()
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Iterator[KeptDisk]:
+    yield from disk_of(tmp_path, "raw")
+
+
+@pytest.fixture
+def qcow2(tmp_path: Path) -> Iterator[KeptDisk]:
+    yield from disk_of(tmp_path, "qcow2")
+
+
+def write_with_qemu_io(disk: KeptDisk) -> None:
+    command = [require_tool("qemu-io"), "-f", disk.driver, "-c", "write 1M 4k", str(disk.image)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def replace_by_a_copy(disk: KeptDisk) -> None:
+    copy = disk.directory / "copy"
+    shutil.copy(disk.image, copy)
+    copy.replace(disk.image)
+
+
+def write_and_set_the_time_back(disk: KeptDisk) -> None:
+    before = disk.image.stat()
+    write_with_qemu_io(disk)
+    os.utime(disk.image, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def write_some_time_after_the_kill(disk: KeptDisk) -> None:
+    """Times are compared with when the daemon was last alive, which it notes every second."""
+    write_with_qemu_io(disk)
+    later = time.time() + 5
+    os.utime(disk.image, (later, later))
+
+
+def check_way_out(disk: KeptDisk) -> None:
+    disk.change_bitmap("clear")
+    assert "reason" not in disk.infos()["b"]
+    disk.check_dirty([])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [write_with_qemu_io, replace_by_a_copy, write_and_set_the_time_back],
+    ids=lambda change: str(change.__name__),
+)
+def test_a_change_after_a_clean_end_is_found_out(
+    raw: KeptDisk, change: Callable[[KeptDisk], None]
+) -> None:
+    raw.quit()
+    change(raw)
+    raw.start()
+    raw.check_all_dirty("image-changed")
+    assert "bitmap 'b' of node 'disk' is all dirty: image-changed" in raw.daemon.log()
+    check_way_out(raw)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [write_some_time_after_the_kill, replace_by_a_copy],
+    ids=lambda change: str(change.__name__),
+)
+def test_a_change_after_a_kill_is_found_out(
+    raw: KeptDisk, change: Callable[[KeptDisk], None]
+) -> None:
+    raw.kill()
+    change(raw)
+    raw.start()
+    raw.check_all_dirty("image-changed")
+    check_way_out(raw)
+
+
+def test_another_size_is_found_out(raw: KeptDisk) -> None:
+    raw.quit()
+    os.truncate(raw.image, DISK_BYTES // 2)
+    raw.start()
+    raw.check_all_dirty("size-changed")
+    check_way_out_of_size(raw)
+
+
+def check_way_out_of_size(disk: KeptDisk) -> None:
+    disk.change_bitmap("clear")
+    disk.write([3])
+    assert disk.infos()["b"]["count"] == GRANULE_BYTES
+    assert "reason" not in disk.infos()["b"]
+
+
+def test_the_event_tells_whoever_adds_the_node(raw: KeptDisk) -> None:
+    raw.unexport()
+    raw.qmp.execute("blockdev-del", {"node-name": "disk"})
+    write_with_qemu_io(raw)
+    raw.open()
+    event = raw.hear("BLOCK_DIRTY_BITMAP_RECOVERED")
+    assert event == {
+        "node-name": "disk",
+        "name": "b",
+        "reason": "image-changed",
+        "inconsistent": False,
+    }
+
+
+def test_an_image_that_was_only_read_is_as_it_was(raw: KeptDisk) -> None:
+    raw.quit()
+    for verb in ("info", "map"):
+        command = [require_tool("qemu-img"), verb, "-f", "raw", str(raw.image)]
+        subprocess.run(command, check=True, capture_output=True)
+    raw.start()
+    raw.check_dirty([1, 2])
+    assert "reason" not in raw.infos()["b"]
+
+
+def test_a_renamed_image_is_found_again(raw: KeptDisk) -> None:
+    for end in (raw.quit, raw.kill):
+        end()
+        renamed = raw.image.with_suffix(f"{raw.image.suffix}.moved")
+        raw.image.rename(renamed)
+        raw.image = renamed
+        raw.start()
+        raw.check_dirty([1, 2])
+        assert "reason" not in raw.infos()["b"]
+
+
+def test_a_backup_by_it_makes_it_good_again(raw: KeptDisk) -> None:
+    raw.back_up("full")
+    raw.quit()
+    write_with_qemu_io(raw)
+    raw.start()
+    raw.check_all_dirty("image-changed")
+    raw.back_up("incremental")
+    assert raw.same_as_target()
+    assert "reason" not in raw.infos()["b"]
+    raw.check_dirty([])
+
+
+def test_what_qemu_writes_to_a_qcow2_image_is_in_its_bitmaps(qcow2: KeptDisk) -> None:
+    """QEMU keeps the image's own copy right; so that one counts, where it is consistent."""
+    qcow2.quit()
+    write_with_qemu_io(qcow2)
+    qcow2.start()
+    qcow2.check_dirty([1, 2, 16])
+    assert "reason" not in qcow2.infos()["b"]
+
+
+def test_after_a_crash_a_qcow2_image_that_qemu_changed_is_found_out(qcow2: KeptDisk) -> None:
+    """Its own copy is in use since, and QEMU leaves it so."""
+    qcow2.kill()
+    write_some_time_after_the_kill(qcow2)
+    qcow2.start()
+    qcow2.check_all_dirty("image-changed")
