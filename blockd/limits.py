@@ -296,6 +296,9 @@ BACKUP_DISCARD_BYTES = 64 * MIB
 #: Dirty runs that are counted or looked at before others get their turn.
 BACKUP_SCAN_RUNS = 4096
 
+#: What an audit of a bitmap reads at once, of the disk and of its backup.
+BITMAP_AUDIT_PIECE_BYTES = 1 * MIB
+
 # --- QMP -------------------------------------------------------------------------------------
 
 #: Bytes of one message from a client: far more than any command needs.

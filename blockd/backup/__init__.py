@@ -1,5 +1,6 @@
 """Backups of a live node: what to copy, the view of the instant, the copying, and the end."""
 
+from blockd.backup.audit_job import AuditJob
 from blockd.backup.backup_job import BackupJob, JobRecord
 from blockd.backup.checks import plan_backup
 from blockd.backup.copier import OnErrors
@@ -18,6 +19,7 @@ from blockd.backup.plan import (
 )
 
 __all__ = [
+    "AuditJob",
     "BackupJob",
     "BackupPlan",
     "BackupRequest",

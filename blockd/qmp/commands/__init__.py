@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from blockd.qmp.commands import (
+    audit,
     backup,
     bitmap,
     block,
@@ -71,6 +72,7 @@ COMMANDS = [
     Command.of(bitmap_types.BlockDirtyBitmapEnable, bitmap.enable),
     Command.of(bitmap_types.BlockDirtyBitmapDisable, bitmap.disable),
     Command.of(bitmap_types.BlockDirtyBitmapMerge, bitmap.merge),
+    Command.of(bitmap_types.XBlockdAudit, audit.audit),
     Command.of(bitmap_types.XDebugBlockDirtyBitmapSha256, bitmap.sha256, concurrent=True),
     Command.of(export_types.NbdServerStart, export.nbd_server_start),
     Command.of(export_types.NbdServerStop, export.nbd_server_stop, concurrent=True),

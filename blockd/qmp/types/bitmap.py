@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from blockd.qmp.types.base import Command, Object, Query, UInt32
+from blockd.qmp.types.base import Command, Int64, Object, Query, UInt32, UInt64
 
 
 class BitmapOfNode(Object, kw_only=True):
@@ -96,3 +96,22 @@ class XDebugBlockDirtyBitmapSha256(Query, kw_only=True):
 
     node: str
     name: str
+
+
+class XBlockdAudit(Command, kw_only=True):
+    """Compare what a bitmap calls clean on a node with ``target``, its last backup.
+
+    QEMU has no such command. It is a job, to be dismissed when it has concluded. Where a clean
+    granule differs the job fails, everything is dirty from then on, and the event
+    BLOCK_DIRTY_BITMAP_RECOVERED tells it. ``target``: a node of the same size. ``sample``: look at
+    so many bytes only, in random places. ``speed``: bytes per second, 0 for no limit.
+    """
+
+    command: ClassVar[str] = "x-blockd-audit"
+
+    job_id: str
+    node: str
+    bitmap: str
+    target: str
+    sample: UInt64 | None = None
+    speed: Int64 = 0

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from blockd.qmp.types.base import Command, Int64, Object, Query
 
-#: The protocol's kinds, so that a client's own list is the same for both; here are only backups.
+#: The protocol's kinds, so that a client's own list is the same for both, and one of ours.
 JobType = Literal[
     "commit",
     "stream",
@@ -17,6 +17,7 @@ JobType = Literal[
     "snapshot-load",
     "snapshot-save",
     "snapshot-delete",
+    "x-blockd-audit",
 ]
 JobStatus = Literal[
     "undefined",
