@@ -128,6 +128,20 @@ async def test_another_disk_is_not_taken_for_the_old_one(image: Path, tmp_path: 
             await driver.close()
 
 
+async def test_a_server_that_takes_less_is_not_gone_on_with(image: Path, tmp_path: Path) -> None:
+    """Not with requests that were made for the old one, of 64 bits it may be."""
+    with serving(qemu_nbd(image), tmp_path / "s") as process:
+        async with trio.open_nursery() as tasks:
+            driver = await open_driver(process, tasks)
+            process.kill()
+            with (
+                serving(nbdkit("file", str(image)), tmp_path / "s"),
+                pytest.raises(OSError, match="takes shorter requests than before"),
+            ):
+                await driver.write_zeroes(0, SIZE, unmap=True)
+            await driver.close()
+
+
 async def test_a_servers_errors_are_passed_on(tmp_path: Path) -> None:
     command = nbdkit("--filter=error", "memory", str(SIZE), "error-pwrite=ENOSPC")
     with serving([*command, "error-pwrite-rate=100%"], tmp_path / "s") as process:

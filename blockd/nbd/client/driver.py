@@ -157,6 +157,10 @@ class NbdDriver(Driver):
         if not self.read_only and TransmissionFlag.READ_ONLY in new.flags:
             connection.close()
             raise BlockdError("the export has become read-only")
+        if new.headers < old.headers or new.maximum_bytes < old.maximum_bytes:
+            # Requests wait that have been cut for the old one.
+            connection.close()
+            raise BlockdError("the server takes shorter requests than before")
         if self._writes != self._flushed_writes:
             self.doubts += 1
         self._use(connection)
@@ -220,6 +224,11 @@ class NbdDriver(Driver):
         await self._write_zero_bytes(offset, inner.offset - offset)
         await self._change(Cmd.WRITE_ZEROES, inner, 0 if unmap else CmdFlag.NO_HOLE)
         await self._write_zero_bytes(inner.end, offset + length - inner.end)
+
+    def zeroes_fast(self, offset: int, length: int, *, unmap: bool) -> bool:
+        # However the server makes them, they need not be sent to it.
+        can = self._can(TransmissionFlag.SEND_WRITE_ZEROES)
+        return can and self._inner(offset, length).length > 0
 
     async def _write_zero_bytes(self, offset: int, length: int) -> None:
         zeroes = memoryview(bytes(min(length, limits.MIB)))
