@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 
 from tests.fuzz.nbd_beside_qemu import BesideQemuTarget
 from tests.fuzz.nbd_client import NbdClientTarget
+from tests.fuzz.nbd_reconnect import NbdReconnectTarget
 from tests.fuzz.nbd_server import NbdServerTarget
 from tests.fuzz.qcow2 import Qcow2Target
 from tests.fuzz.qmp import QmpTarget
@@ -64,6 +65,7 @@ class Target(Protocol):
 TARGETS: dict[str, type[Target]] = {
     "nbd-beside-qemu": BesideQemuTarget,
     "nbd-client": NbdClientTarget,
+    "nbd-reconnect": NbdReconnectTarget,
     "nbd-server": NbdServerTarget,
     "qcow2": Qcow2Target,
     "qmp": QmpTarget,
