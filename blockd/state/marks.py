@@ -4,7 +4,9 @@
         padded to whole blocks of 4 KiB: written once, and durable before the epoch begins
     one block of zeroes; anything else in it says that not all writes of the epoch are marked,
         nor their regions armed: "poison"
-    one bit for each granule, the lowest first
+    one bit for each unit with any mark, the lowest first, padded to whole blocks
+    units of 512 bytes, none of which lies in two pages: one bit for each granule, the lowest
+        first, and a CRC-32 of these bits (4 bytes, little-endian); all zeroes: no marks yet
 
 Marks reach the page cache before the data reaches the image, and are not synced: after a kill they
 are all there, after a power cut the armed regions tell instead.
@@ -13,6 +15,7 @@ are all there, after a power cut the armed regions tell instead.
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +30,9 @@ _MAGIC = b"blkdmk\x00\x01"
 _LENGTH = struct.Struct("<I")
 _SEALED_AT = len(_MAGIC) + _LENGTH.size
 _POISON = b"\xff"
+#: Marks in a unit, in bytes; and the unit with its sum.
+UNIT_MARKS_BYTES = 508
+UNIT_BYTES = 512
 
 
 class MarksHeader(msgspec.Struct, frozen=True):
@@ -57,11 +63,24 @@ def parse_name(name: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class MarksFile:
-    """A marks file that is open, and where its marks begin."""
+    """A marks file that is open, and where its parts begin."""
 
     header: MarksHeader
     fd: int
-    marks_at: int
+    touched_at: int
+
+    @property
+    def units(self) -> int:
+        return -(-self.header.mark_bytes // UNIT_MARKS_BYTES)
+
+    @property
+    def units_at(self) -> int:
+        touched_bytes = -(-self.units // 8)
+        return self.touched_at + -(-touched_bytes // BLOCK_BYTES) * BLOCK_BYTES
+
+    @property
+    def size_bytes(self) -> int:
+        return self.units_at + self.units * UNIT_BYTES
 
 
 def create(disk: Disk, header: MarksHeader) -> MarksFile:
@@ -69,8 +88,8 @@ def create(disk: Disk, header: MarksHeader) -> MarksFile:
     sealed = seal(header)
     head = _MAGIC + _LENGTH.pack(len(sealed)) + sealed
     poison_at = -(-len(head) // BLOCK_BYTES) * BLOCK_BYTES
-    marks_at = poison_at + BLOCK_BYTES
-    fd = disk.create(header.name, marks_at + header.mark_bytes)
+    size_bytes = MarksFile(header, -1, poison_at + BLOCK_BYTES).size_bytes
+    fd = disk.create(header.name, size_bytes)
     try:
         disk.write(fd, head, 0)
         disk.sync(fd)
@@ -79,7 +98,12 @@ def create(disk: Disk, header: MarksHeader) -> MarksFile:
         with suppress(OSError):
             disk.close(fd)
         raise
-    return MarksFile(header, fd, marks_at)
+    return MarksFile(header, fd, poison_at + BLOCK_BYTES)
+
+
+def seal_unit(marks: bytes) -> bytes:
+    """A unit with these marks."""
+    return marks + zlib.crc32(marks).to_bytes(4, "little")
 
 
 def poison(disk: Disk, name: str) -> None:
@@ -89,8 +113,8 @@ def poison(disk: Disk, name: str) -> None:
     """
     try:
         with _opened(disk, name) as fd:
-            _, marks_at = _read_header(disk, fd)
-            disk.write(fd, _POISON, marks_at - BLOCK_BYTES)
+            file = _read_header(disk, fd)
+            disk.write(fd, _POISON, file.touched_at - BLOCK_BYTES)
             disk.sync(fd)
     except FileNotFoundError:
         disk.sync_names()
@@ -102,49 +126,64 @@ def poison(disk: Disk, name: str) -> None:
 def drop_marks(disk: Disk, name: str) -> None:
     """Keep only the header, of an image that is closed cleanly. Raises ``OSError``."""
     with suppress(DamagedError), _opened(disk, name) as fd:
-        _, marks_at = _read_header(disk, fd)
-        disk.truncate(fd, marks_at)
+        disk.truncate(fd, _read_header(disk, fd).touched_at)
 
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """What a marks file tells. ``marks`` may be short: the rest is not marked."""
+    """What a marks file tells: ``marks`` is None where not all of them are there."""
 
     header: MarksHeader
     poisoned: bool
-    marks: bytes
+    marks: bytes | None
 
 
 def read(disk: Disk, name: str) -> Marks:
-    """Read a whole file. Raises ``OSError`` and ``DamagedError``."""
+    """Read a whole file. Raises ``OSError``, and ``DamagedError`` where the header is no good."""
     with _opened(disk, name) as fd:
         # An error of the kernel's own writing, which lost marks, comes to light here.
         disk.sync(fd)
-        header, marks_at = _read_header(disk, fd)
-        if header.name != name:
+        file = _read_header(disk, fd)
+        if file.header.name != name:
             raise DamagedError(f"the marks file '{name}' is another's")
-        block = disk.read(fd, BLOCK_BYTES, marks_at - BLOCK_BYTES)
+        block = disk.read(fd, BLOCK_BYTES, file.touched_at - BLOCK_BYTES)
         if len(block) < BLOCK_BYTES:
             raise DamagedError(f"the marks file '{name}' is cut short")
-        return Marks(
-            header, block != bytes(BLOCK_BYTES), disk.read(fd, header.mark_bytes, marks_at)
-        )
+        return Marks(file.header, block != bytes(BLOCK_BYTES), _read_marks(disk, file))
+
+
+def _read_marks(disk: Disk, file: MarksFile) -> bytes | None:
+    touched = disk.read(file.fd, file.units_at - file.touched_at, file.touched_at)
+    units = disk.read(file.fd, file.units * UNIT_BYTES, file.units_at)
+    if len(units) < file.units * UNIT_BYTES:
+        return None
+    nothing, pieces = bytes(UNIT_BYTES), []
+    for number in range(file.units):
+        unit = units[number * UNIT_BYTES : (number + 1) * UNIT_BYTES]
+        marks = unit[:UNIT_MARKS_BYTES]
+        pieces.append(marks)
+        if unit == nothing:
+            if touched[number >> 3] >> (number & 7) & 1:
+                return None
+        elif unit != seal_unit(marks):
+            return None
+    return b"".join(pieces)[: file.header.mark_bytes]
 
 
 def read_header(disk: Disk, name: str) -> MarksHeader:
     """Raises ``OSError`` and ``DamagedError``."""
     with _opened(disk, name) as fd:
-        return _read_header(disk, fd)[0]
+        return _read_header(disk, fd).header
 
 
-def _read_header(disk: Disk, fd: int) -> tuple[MarksHeader, int]:
+def _read_header(disk: Disk, fd: int) -> MarksFile:
     head = disk.read(fd, _SEALED_AT, 0)
     if len(head) < _SEALED_AT or not head.startswith(_MAGIC):
         raise DamagedError("not a marks file")
     (length,) = _LENGTH.unpack_from(head, len(_MAGIC))
     header = unseal(disk.read(fd, length, _SEALED_AT), MarksHeader)
     poison_at = -(-(_SEALED_AT + length) // BLOCK_BYTES) * BLOCK_BYTES
-    return header, poison_at + BLOCK_BYTES
+    return MarksFile(header, fd, poison_at + BLOCK_BYTES)
 
 
 @contextmanager

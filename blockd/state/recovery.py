@@ -72,7 +72,7 @@ class Recovery:
 
 def recover(stored: Stored, now: Circumstances) -> Recovery:
     """The bitmaps as they are to be, the oldest first."""
-    reason = _judge_image(stored.image, now) or _judge_state(stored)
+    reason = _judge_image(stored.image, now) or _judge_state(stored, now.boot_id)
     touched = None if reason else _touched(stored, now)
     if reason is None and stored.image.open and touched is None:
         reason = Reason.STATE_DAMAGED
@@ -111,7 +111,7 @@ def _changed_since(image: ImageRecord, now: Circumstances, *, same_boot: bool) -
     return now.identity.changed_ns > (image.left_ns or 0) + late_ns
 
 
-def _judge_state(stored: Stored) -> Reason | None:
+def _judge_state(stored: Stored, boot_id: str) -> Reason | None:
     """Whether what must be there of the image as a whole is there, and sound."""
     image = stored.image
     if image.damaged:
@@ -120,9 +120,11 @@ def _judge_state(stored: Stored) -> Reason | None:
         marks = stored.marks.get(epoch)
         if marks is None or marks.poisoned:
             return Reason.STATE_DAMAGED
+        if image.open and marks.marks is None and marks.header.boot_id == boot_id:
+            return Reason.STATE_DAMAGED
     for epoch, marks in stored.marks.items():
         # Nothing is marked before the record says that the epoch has begun.
-        if epoch > image.epoch and marks is not None and (marks.poisoned or any(marks.marks)):
+        if epoch > image.epoch and marks is not None and (marks.poisoned or any(marks.marks or ())):
             return Reason.STATE_DAMAGED
     return None
 
@@ -178,7 +180,7 @@ def _armed(rows: Sequence[ArmedRow], size_bytes: int) -> Sequence[tuple[int, Bit
 
 def _marked(marks: Marks, size_bytes: int) -> Bits:
     bits = Bits(size_bytes, 1 << marks.header.shift)
-    bits.add_packed(0, marks.marks)
+    bits.add_packed(0, marks.marks or b"")
     return bits
 
 

@@ -25,12 +25,14 @@ class World:
 
     ``must``: granules by bitmap, of those that are there for sure. ``exact``: nothing but guest
     writes is going on, so that this is all. ``written``: the regions that were ever written to.
+    ``about``: where a write is under way, which may be marked already.
     """
 
     changed: int = 1
     must: dict[str, set[int]] = field(default_factory=dict)
     exact: bool = False
     written: set[int] = field(default_factory=set)
+    about: int | None = None
 
     def identify(self, fd: int) -> Identity:
         return Identity(1, 1, size_bytes=1, changed_ns=self.changed, inode_changed_ns=self.changed)
@@ -54,7 +56,9 @@ class Story:
     async def write(self, offset: int) -> None:
         world = self.world
         world.written.add(offset // REGION)
+        world.about = offset
         await self.node.write(offset, DATA)
+        world.about = None
         # From the note on it may be on the disk.
         world.changed += 1
         for bitmap in self.node.bitmaps.list():
