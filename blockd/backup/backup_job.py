@@ -171,6 +171,10 @@ class BackupJob(Job):
 
     async def _secure(self) -> None:
         """Return once all that was copied is durable in the target file, where all can find it."""
+        if self._frozen is not None and not self._source.read_only:
+            # Else a crash could take back what guests had written before the instant, and the disk
+            # would differ from its backup where the bitmap has nothing.
+            await self._source.flush()
         await self._flush_target()
         if self._target_file is not None:
             await trio.to_thread.run_sync(self._target_file.check)
