@@ -129,7 +129,12 @@ def side_by_side(directory: Path, daemon: Daemon) -> Iterator[Pair]:
     with QmpClient(daemon.qmp_path) as qmp:
         add_disk(qmp, images[0])
         serve_disk(qmp, str(ours))
-    options = ["--cache=unsafe", f"--export-name={EXPORT}", f"--description={DESCRIPTION}"]
+    options = [
+        "--cache=unsafe",
+        "--allocation-depth",
+        f"--export-name={EXPORT}",
+        f"--description={DESCRIPTION}",
+    ]
     log = directory / "qemu-nbd.log"
     with serving(qemu_nbd(images[1], *options), directory / "theirs.sock", log) as process:
         yield Pair(str(ours), str(process.socket_path))
@@ -148,4 +153,5 @@ def serve_disk(qmp: QmpClient, path: str) -> None:
         qmp.execute("nbd-server-stop")
     qmp.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": path}}})
     export = {"type": "nbd", "id": "export", "node-name": "disk", "writable": True}
-    qmp.execute("block-export-add", {**export, "name": EXPORT, "description": DESCRIPTION})
+    export |= {"name": EXPORT, "description": DESCRIPTION, "allocation-depth": True}
+    qmp.execute("block-export-add", export)

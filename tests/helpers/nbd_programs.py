@@ -11,7 +11,7 @@ from random import Random
 from typing import NamedTuple
 
 from blockd.nbd import wire
-from blockd.nbd.options import BASE_ALLOCATION, meta_data
+from blockd.nbd.options import ALLOCATION_DEPTH, BASE_ALLOCATION, meta_data
 from blockd.nbd.wire import ClientFlag, Cmd, CmdFlag, Headers, Info, Option, Rep
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.nbd_codec import Call, Pending, info_bytes, option_bytes
@@ -143,7 +143,8 @@ def program(random: Random) -> Program:
     headers = random.choice([None, Option.STRUCTURED_REPLY, Option.EXTENDED_HEADERS])
     options = [(headers.value, b"")] if headers else []
     if headers and random.random() < 0.8:
-        data = meta_data(EXPORT, [BASE_ALLOCATION])
+        contexts = [BASE_ALLOCATION, ALLOCATION_DEPTH][: random.choice([1, 2])]
+        data = meta_data(EXPORT, contexts)
         options.append((Option.SET_META_CONTEXT.value, data))
     options.append((Option.GO.value, info_bytes(EXPORT.encode())))
     made = Program(Haggling(3, options), [])
