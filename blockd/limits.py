@@ -165,9 +165,9 @@ NBD_SPINS_MAX = 128
 #: A wait through the event loop that ends sooner than this could have been a spin.
 NBD_SHORT_WAIT_SECONDS = 0.0002
 #: Encrypted bytes that all connections receive into, one after the other, and what one of them
-#: encrypts at once: a burst of replies.
-NBD_TLS_RECEIVE_BYTES = 256 * KIB
-NBD_TLS_SEND_BYTES = NBD_SEND_BYTES
+#: encrypts at once. OpenSSL keeps as much memory for each connection that has had so much.
+NBD_TLS_RECEIVE_BYTES = 64 * KIB
+NBD_TLS_SEND_BYTES = 64 * KIB
 #: A client that has not come through its handshake by then is dropped.
 NBD_HANDSHAKE_SECONDS = 10
 #: Connections an NBD server takes when it is not told otherwise.
