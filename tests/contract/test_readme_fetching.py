@@ -11,6 +11,8 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+import pytest
+
 from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.qcow2 import qemu_img
@@ -37,6 +39,11 @@ with open(path, "r+b") as file:
                 file.write(h.pread(length, at))
             at += length
 """
+
+
+@pytest.fixture
+def daemon_options(tmp_path: Path) -> list[str]:
+    return ["--state-dir", str(tmp_path / "state")]
 
 
 def run(*command: str) -> str:
