@@ -60,6 +60,7 @@ STATE_MARK_STEP_GRANULES = 512 * KIB
 #: Pieces that go into one commit, and pieces of no more use that are deleted in one: a guest
 #: write that needs a region armed may have to wait for such a commit.
 STATE_BATCH_BYTES = 1 * MIB
+STATE_BATCH_PIECES = 1024
 STATE_DELETE_PIECES = 64
 #: How often what was written to is stored exactly, so that regions at rest are disarmed; and what
 #: share of the time that may take.

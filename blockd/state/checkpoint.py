@@ -87,7 +87,7 @@ async def store_pieces(storing: Storing, commits: Commits, rows: Iterator[int]) 
         if (piece := storing.next_piece(window, rows)) is not None:
             batch.append(piece)
             size += len(piece[1])
-        if size >= limits.STATE_BATCH_BYTES:
+        if size >= limits.STATE_BATCH_BYTES or len(batch) >= limits.STATE_BATCH_PIECES:
             await commits.commit(Pending(changes.put_pieces(batch)))
             batch, size = [], 0
         else:

@@ -229,6 +229,10 @@ class StateDirectory:
         self._images[row] = image
         return await self._keep(node, image, {}, as_stored=False)
 
+    async def store_all(self, node: Node) -> None:
+        """Do now what is done at intervals; for tests and measurements. Raises ``OSError``."""
+        await self._attached[node].checkpoint()
+
     @asynccontextmanager
     async def closing(self, node: Node) -> AsyncIterator[None]:
         """The body closes the node's driver: nothing writes to the node any more.

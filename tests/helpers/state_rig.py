@@ -88,7 +88,7 @@ class Daemon:
 
     async def checkpoint(self, node: Node) -> None:
         """What happens at intervals."""
-        await self.state._attached[node].checkpoint()
+        await self.state.store_all(node)
 
     def after_kill(self) -> Path:
         """The state directory as a kill at this instant leaves it."""
