@@ -9,6 +9,7 @@ import pytest
 from blockd import limits
 from blockd.block import Graph
 from blockd.block.qcow2 import ImageOptions, Qcow2Driver, create_image, open_image, read_header
+from blockd.block.qcow2.header import Header
 from blockd.events import Bus, Event
 from tests.helpers.memory_driver import MemoryDriver
 
@@ -41,6 +42,12 @@ class Rig:
         for offset, length in ((0, CLUSTER), (CLUSTER, SIZE // 2 - CLUSTER)):
             await self.node.write(offset, memoryview(b"d" * length))
         await self.graph.remove(self.node)
+
+    def lose_refcounts(self, header: Header) -> None:
+        """Every cluster of the image counts as free."""
+        at = header.refcount_table_offset
+        block = int.from_bytes(self.storage.data[at : at + 8], "big")
+        self.storage.data[block : block + CLUSTER] = bytes(CLUSTER)
 
     async def read(self, offset: int) -> bytes:
         view = memoryview(bytearray(512))
@@ -89,3 +96,32 @@ async def test_where_it_can_not_be_marked_it_is_used_no_more_all_the_same(
         with pytest.raises(OSError, match="Input/output error"):
             await rig.node.write(offset, memoryview(b"w" * 512))
     assert rig.events == [event]
+
+
+async def test_damage_that_is_met_when_bitmaps_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "QCOW2_GROWTH_BYTES", CLUSTER)
+    rig = Rig()
+    await rig.make()
+    rig.lose_refcounts(await read_header(rig.file))
+    await rig.open()
+    await rig.node.keeper.load(read_only=False)
+    rig.node.bitmaps.add("b", CLUSTER).persistent = True
+    with pytest.raises(OSError, match="refcount of a cluster with metadata is 0"):
+        await rig.graph.remove(rig.node)
+    [event] = rig.events
+    assert event.data["fatal"]
+    assert (await read_header(rig.file)).corrupt
+
+
+async def test_damage_that_is_met_at_the_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "QCOW2_GROWTH_BYTES", CLUSTER)
+    rig = Rig()
+    await rig.make()
+    await rig.open()
+    # The flush that comes first is itself a request, so the cluster is freed at the close.
+    await rig.node.discard(0, CLUSTER)
+    rig.lose_refcounts(await read_header(rig.file))
+    await rig.graph.remove(rig.node)
+    [event] = rig.events
+    assert event.data["fatal"]
+    assert (await read_header(rig.file)).corrupt

@@ -51,8 +51,11 @@ class Qcow2Driver(Driver):
         self.compresses = not image.header.has_data_file
         #: Damage was found and told of: no I/O is possible any more; or some damage was.
         self._broken = self._damaged = False
-        self.bitmap_store: Qcow2Bitmaps = Qcow2Bitmaps(ImageRoom(self._image_of_bitmaps))
+        self.bitmap_store: Qcow2Bitmaps = Qcow2Bitmaps(self._room())
         self.child_changed()
+
+    def _room(self) -> ImageRoom:
+        return ImageRoom(self._image_of_bitmaps, self._changing)
 
     def _image_of_bitmaps(self) -> Image:
         """Their image, which is not written to any more once it was found to be corrupt."""
@@ -255,7 +258,11 @@ class Qcow2Driver(Driver):
     async def suspend(self) -> None:
         changes = self._image.changes
         if changes is not None and not self._broken:
-            await changes.metadata.close()
+            try:
+                await changes.metadata.close()
+            except CorruptImageError as error:
+                await self._deal_with(error)
+                raise
         self._image = replace(self._image, header=self.header, changes=None)
 
     async def resume(self) -> None:
@@ -294,15 +301,13 @@ class Qcow2Driver(Driver):
         if isinstance(before, Qcow2Driver):
             self._image, self._damaged, self._broken = before.given_over
             self.bitmap_store = before.bitmap_store
-            self.bitmap_store.room = ImageRoom(self._image_of_bitmaps)
+            self.bitmap_store.room = self._room()
 
     async def close(self) -> None:
-        changes = self._image.changes
-        self._image = replace(self._image, header=self.header, changes=None)
-        if changes is None or self._broken:
-            return
         try:
-            await changes.metadata.close()
+            await self.suspend()
         except OSError as error:
             # The dirty bit stays: whoever opens the image next repairs it.
             log.warning("'%s' could not be closed in order: %s", self.filename, error)
+        finally:
+            self._image = replace(self._image, changes=None)

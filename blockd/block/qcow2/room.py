@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 
 from pyroaring import BitMap64
 
@@ -13,9 +14,17 @@ from blockd.block.qcow2.image import Changes, Image
 class ImageRoom:
     """An open image's clusters and header, in bytes. The async calls raise ``OSError``."""
 
-    def __init__(self, image: Callable[[], Image]) -> None:
-        """``image``: gives the image as it is now; it has no ``changes`` once it is only read."""
+    def __init__(
+        self,
+        image: Callable[[], Image],
+        changing: Callable[[], AbstractAsyncContextManager[Changes]],
+    ) -> None:
+        """``image``: gives the image as it is now; it has no ``changes`` once it is only read.
+
+        ``changing``: its body changes the image, and deals with damage that it meets there.
+        """
         self._image = image
+        self._changing = changing
         self._claimed = BitMap64()
 
     @property
@@ -45,12 +54,6 @@ class ImageRoom:
         changes = self._image().changes
         return self._claimed if changes is None else changes.writer.refcounts.metadata
 
-    @property
-    def _changes(self) -> Changes:
-        changes = self._image().changes
-        assert changes is not None, "an image that is only read is not changed"
-        return changes
-
     async def read(self, offset: int, length: int) -> bytes:
         return bytes(await self._image().file.read_bytes(offset, length))
 
@@ -59,25 +62,31 @@ class ImageRoom:
 
     async def allocate(self, length: int) -> int:
         """Take whole clusters that follow each other; the offset of the first."""
-        refcounts, count = self._changes.writer.refcounts, len(self.header.clusters_of(0, length))
-        clusters = await refcounts.allocate(count)
-        if clusters.count < count:
-            refcounts.free(clusters.first, clusters.count)
-            clusters = await refcounts.allocate_all(count)
-        refcounts.metadata.add_range(clusters.first, clusters.first + count)
-        return clusters.first << self.header.cluster_bits
+        async with self._changing() as changes:
+            refcounts, count = changes.writer.refcounts, len(self.header.clusters_of(0, length))
+            clusters = await refcounts.allocate(count)
+            if clusters.count < count:
+                refcounts.give_back(clusters.first, clusters.count)
+                clusters = await refcounts.allocate_all(count)
+            refcounts.metadata.add_range(clusters.first, clusters.first + count)
+            return clusters.first << self.header.cluster_bits
 
     def free(self, offset: int, length: int) -> None:
         """Give clusters back, which nothing in the file refers to any more."""
+        changes = self._image().changes
+        if changes is None:
+            return  # it was found to be corrupt meanwhile, and is left as it is
         clusters = self.header.clusters_of(offset, length)
-        refcounts = self._changes.writer.refcounts
+        refcounts = changes.writer.refcounts
         refcounts.metadata.remove_range(clusters.start, clusters.stop)
         refcounts.free(clusters.start, len(clusters))
 
     async def flush(self) -> None:
         """Return when all that was written and allocated is on stable storage."""
-        await self._changes.metadata.flush()
+        async with self._changing() as changes:
+            await changes.metadata.flush()
 
     async def change_header(self, change: Callable[[Header], Header]) -> None:
         """Bring the header as ``change`` makes it to stable storage."""
-        await self._changes.metadata.change_header(change)
+        async with self._changing() as changes:
+            await changes.metadata.change_header(change)
