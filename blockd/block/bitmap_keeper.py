@@ -22,18 +22,24 @@ class BitmapKeeper:
         self._loaded = False
 
     async def load(self, *, read_only: bool) -> None:
-        """Take over what is kept, before anybody uses the node. Raises ``BlockdError``."""
+        """Take over what is kept, before anybody uses the node. Raises ``BlockdError``.
+
+        Where that fails once some of it may be in use, ``save`` puts it in order again.
+        """
         if self.store is None:
             return
         try:
             kept = await self.store.load()
-            if not read_only:
-                await self.store.mark_in_use()
         except OSError as error:
             raise BlockdError(f"Failed to read bitmap directory: {error.strerror}") from error
         for name, state in kept:
             self._bitmaps.add_kept(name, state, read_only=read_only)
         self._loaded = True
+        if not read_only:
+            try:
+                await self.store.mark_in_use()
+            except OSError as error:
+                raise BlockdError(f"Can't update bitmap directory: {error.strerror}") from error
 
     def check_new(self, name: str, granularity_bytes: int) -> None:
         """Raise ``BlockdError`` where the store can't keep a new bitmap."""

@@ -7,6 +7,7 @@ What an image made along with another inherits is what QEMU lets it inherit: doc
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,34 +146,46 @@ async def open_node(
     """
     common = inherited.overridden(options)
     opening = Opening(openers, graph, options.node_name, common, above, hidden=hidden)
+    try:
+        node = await _open_driver(openers, opening, options, owned=owned)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await opening.give_up()
+        raise
+    await _load_bitmaps(graph, node, owned=owned)
+    if not hidden:
+        graph.show(node)
+    return node
+
+
+async def _open_driver(
+    openers: Openers, opening: Opening, options: NodeOptions, *, owned: bool
+) -> Node:
+    """The node, which is hidden: nobody may write to it before its bitmaps are there."""
     if getattr(options, "filename", None) == "":
         name = type(options).__struct_config__.tag
         raise BlockdError(f"The '{name}' block driver requires a file name")
     if not isinstance(getattr(options, "file", None), str):
         # Before a file is opened for nothing, and perhaps locked against its own second opening.
         opening.check_name()
+    driver = await openers[type(options)](opening, options)
     try:
-        driver = await openers[type(options)](opening, options)
-        try:
-            # Nobody may write to it before its bitmaps are there.
-            node = graph.add(options.node_name, driver, owned=owned, hidden=True)
-        except BaseException:
-            # Such as two nodes of one command that wanted the same name.
-            with trio.CancelScope(shield=True):
-                await driver.close()
-            raise
+        return opening.graph.add(options.node_name, driver, owned=owned, hidden=True)
     except BaseException:
+        # Such as two nodes of one command that wanted the same name.
         with trio.CancelScope(shield=True):
-            await opening.give_up()
+            await driver.close()
         raise
+
+
+async def _load_bitmaps(graph: Graph, node: Node, *, owned: bool) -> None:
+    """Give the node those that outlived an earlier one; where that fails, it is removed."""
     try:
         await node.keeper.load(read_only=node.read_only)
         if owned:
             await graph.archive.attach(node)
     except BaseException:
-        with trio.CancelScope(shield=True):
+        # An error of the end says less than the one that led to it.
+        with trio.CancelScope(shield=True), suppress(OSError):
             await graph.remove(node)
         raise
-    if not hidden:
-        graph.show(node)
-    return node

@@ -24,9 +24,10 @@ class Store:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.fail = False
+        self.fail_mark = False
 
     def _ask(self, what: str) -> None:
-        if self.fail:
+        if self.fail or (self.fail_mark and what == "mark"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.asked.append(what)
 
@@ -110,6 +111,18 @@ async def test_what_was_not_loaded_is_not_replaced(store: Store, driver: MemoryD
     store.fail = False
     await graph.remove(node)
     assert store.asked == []
+
+
+async def test_what_may_be_in_use_is_stored_after_a_failed_open(
+    store: Store, driver: MemoryDriver
+) -> None:
+    graph = Graph()
+    node = graph.add("n", driver, owned=True)
+    store.fail_mark = True
+    with pytest.raises(BlockdError, match="Can't update bitmap directory: No space left"):
+        await node.keeper.load(read_only=False)
+    await graph.remove(node)
+    assert store.asked == ["load", "store ['kept']"]
 
 
 async def test_they_are_stored_before_a_node_becomes_read_only(

@@ -229,7 +229,7 @@ def test_no_more_are_taken_than_an_image_can_keep(image: Path) -> None:
     here.kept.check_new("another", 65536, [short] * (most - 1))
     with pytest.raises(BlockdError, match="Maximum number of persistent bitmaps is already"):
         here.kept.check_new("another", 65536, [short] * most)
-    with pytest.raises(BlockdError, match="No enough space in the bitmap directory"):
+    with pytest.raises(BlockdError, match="Not enough space in the bitmap directory"):
         here.kept.check_new("another", 65536, [long] * (most - 1))
 
 

@@ -188,7 +188,7 @@ class Qcow2Bitmaps:
         if len(others) >= limits.QCOW2_BITMAPS:
             raise BlockdError("Maximum number of persistent bitmaps is already reached")
         if not _fit_into_directory(name, others):
-            raise BlockdError("No enough space in the bitmap directory")
+            raise BlockdError("Not enough space in the bitmap directory")
         shape = self._shape(granularity_bytes)
         if not shape.words:
             raise BlockdError("The disk has no bytes, so the image has no room for a bitmap of it")
