@@ -73,15 +73,19 @@ class Reopening:
         for node in self._planned:
             if not node.read_only:
                 await node.flush()
-        async with self._suspended():
-            old = {node: node.driver for node in self._planned}
-            before = self._graph.places.change_drivers(self._planned)
-            self._planned = {}
-        with trio.CancelScope(shield=True):
-            async with AsyncExitStack() as cleanup:
-                cleanup.push_async_callback(self._graph.remove_unneeded, before)
-                for driver in old.values():
-                    cleanup.push_async_callback(driver.close)
+        ended = AsyncExitStack()
+        try:
+            async with self._suspended():
+                old = [node.driver for node in self._planned]
+                before = self._graph.places.change_drivers(self._planned)
+                self._planned = {}
+                ended.push_async_callback(self._graph.remove_unneeded, before)
+                for driver in old:
+                    ended.push_async_callback(driver.close)
+        finally:
+            # Also where a node could not go on with its new driver.
+            with trio.CancelScope(shield=True):
+                await ended.aclose()
 
     @asynccontextmanager
     async def _suspended(self) -> AsyncIterator[None]:

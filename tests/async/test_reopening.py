@@ -200,6 +200,23 @@ async def test_a_failing_flush_keeps_all_as_it_was(
     assert await first_byte(node) == b"o"
 
 
+async def test_where_the_new_driver_can_not_go_on_nothing_stays_open_but_it(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = graph.add(None, memory(b"c"), owned=False)
+    top = graph.add("top", RawDriver(own), owned=True)
+    new = memory(b"n")
+
+    async def resume() -> None:
+        raise BlockdError("the storage is not as it was left")
+
+    monkeypatch.setattr(new, "resume", resume)
+    with pytest.raises(BlockdError, match="not as it was left"):
+        await reopen(graph, (top, new))
+    assert (top.driver, top.read_only, new.closed) == (new, True, False)
+    assert own not in list(graph)
+
+
 async def test_of_two_plans_for_a_node_the_later_one_counts(graph: Graph, node: Node) -> None:
     first, second = memory(b"1"), memory(b"2")
     await reopen(graph, (node, first), (node, second))
