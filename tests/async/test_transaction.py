@@ -13,6 +13,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from blockd import limits
+from blockd.bitmap import Reason
 from blockd.block import Node, RawDriver, Role
 from blockd.errors import BlockdError
 from tests.helpers.command_rig import CommandRig, action, command_rig
@@ -130,6 +131,14 @@ async def test_a_disk_whose_writes_wait_for_the_target_of_its_backup(
             await trio.lowlevel.checkpoint()
         await rig.jobs.get("j").cancel()
     assert rig.statuses()[-4:] == ["j running", "j aborting", "j concluded", "j null"]
+
+
+async def test_an_undone_clear_leaves_the_reason_there() -> None:
+    async with two_disks() as rig:
+        bitmap = rig.nodes["n"].bitmaps.get("b")
+        bitmap.reason = Reason.IMAGE_CHANGED
+        await refused(rig, on_bitmap("clear"), ABORT)
+        assert bitmap.reason is Reason.IMAGE_CHANGED
 
 
 # --- all or none ---------------------------------------------------------------------------------

@@ -106,8 +106,13 @@ def do_remove(services: Services, arguments: BlockDirtyBitmapRemove) -> Change:
 
 def do_clear(services: Services, arguments: BlockDirtyBitmapClear) -> Change:
     bitmap = find_bitmap(services, arguments.node, arguments.name)
-    before = bitmap.clear()
-    return Change(undo=lambda: bitmap.put_back(before))
+    reason, before = bitmap.reason, bitmap.clear()
+
+    def undo() -> None:
+        bitmap.put_back(before)
+        bitmap.reason = reason
+
+    return Change(undo)
 
 
 def do_enable(services: Services, arguments: BlockDirtyBitmapEnable) -> Change:
