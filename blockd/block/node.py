@@ -19,6 +19,7 @@ from blockd.block.inflight import Gate
 from blockd.block.journal import Journal
 from blockd.block.permissions import Role, Users
 from blockd.block.views import BeforeWrite, ReadView
+from blockd.block.write_threshold import WriteThreshold
 from blockd.errors import BlockdError, WouldBlock
 
 
@@ -37,7 +38,6 @@ class Node:
     read_nowait: Callable[[int, memoryview], None]
     write_nowait: Callable[[int, memoryview], None]
     _write_unwatched: Callable[[int, memoryview], None]
-    _tell_exceeded: Callable[[int], None]
 
     def __init__(self, name: str, driver: Driver) -> None:
         self.name = name
@@ -48,8 +48,7 @@ class Node:
         #: Requests of the async calls, and of the nowait ones as far as their callers tell.
         self.accounts = Accounts()
         self.inline = Inline()
-        #: The byte past which somebody wants to hear of a write; 0 for nobody.
-        self.write_threshold = 0
+        self.write_threshold = WriteThreshold(on_change=self._choose_path)
         #: Those whose place this one has taken, and which have not been flushed since.
         self._unflushed: set[Node] = set()
         self._hooks: tuple[BeforeWrite, ...] = ()
@@ -93,7 +92,7 @@ class Node:
             self._write_unwatched = self._write_noted
         else:
             self._write_unwatched = self.driver.write_nowait
-        watched = self.write_threshold and not self._gate.closed
+        watched = self.write_threshold.offset_bytes and not self._gate.closed
         self.write_nowait = self._write_watched if watched else self._write_unwatched
 
     def _refuse(self, offset: int, view: memoryview) -> None:
@@ -124,7 +123,7 @@ class Node:
         self._write_noted(offset, view)
 
     def _write_watched(self, offset: int, view: memoryview) -> None:
-        self._look_at_write(offset + len(view))
+        self.write_threshold.look(offset + len(view))
         self._write_unwatched(offset, view)
 
     # -- the async paths ---------------------------------------------------------------------
@@ -222,14 +221,17 @@ class Node:
     async def flush(self) -> None:
         """Return once every write that had completed before is on stable storage."""
         with self.accounts.flush.of(0):
-            for node in tuple(self._unflushed):
-                await node.flush()
-                self._unflushed.discard(node)
+            await self._flush_predecessors()
             await self._reads.enter()
             try:
                 await self.driver.flush()
             finally:
                 self._reads.leave()
+
+    async def _flush_predecessors(self) -> None:
+        for node in tuple(self._unflushed):
+            await node.flush()
+            self._unflushed.discard(node)
 
     def owe_flush(self, node: Node) -> None:
         """Take the place of ``node``: its writes too are on stable storage after a flush."""
@@ -265,7 +267,7 @@ class Node:
                 await self._journal.note(offset, length)
             self._note(offset, length)
             if not discard:
-                self._look_at_write(offset + length)
+                self.write_threshold.look(offset + length)
                 self.accounts.highest = max(self.accounts.highest, offset + length)
             for hook in self._hooks:
                 await hook.before_write(offset, length)
@@ -276,24 +278,6 @@ class Node:
     def _check_writable(self) -> None:
         if self.read_only:
             raise PermissionError(errno.EPERM, f"node '{self.name}' is read-only")
-
-    # -- its fill ----------------------------------------------------------------------------
-
-    def watch_writes(self, threshold: int, tell: Callable[[int], None]) -> None:
-        """Call ``tell`` before the first write that ends past ``threshold``, with how far past.
-
-        Then nothing is watched for any more; nor is it from now on where ``threshold`` is 0.
-        ``tell`` must neither wait nor raise.
-        """
-        self.write_threshold, self._tell_exceeded = threshold, tell
-        self._choose_path()
-
-    def _look_at_write(self, end: int) -> None:
-        threshold = self.write_threshold
-        if 0 < threshold < end:
-            self.write_threshold = 0
-            self._choose_path()
-            self._tell_exceeded(end - threshold)
 
     # -- its size ----------------------------------------------------------------------------
 
@@ -356,11 +340,15 @@ class Node:
         self._choose_path()
 
     async def make_read_only(self) -> None:
-        """Flush it, and write no more: nobody wants to. Raises ``OSError``."""
-        async with self.quiesced():
+        """Flush it, and write no more: nobody wants to. Raises ``OSError``.
+
+        At rest, for what a reader still uses could not be given back to the storage any more.
+        """
+        async with self.at_rest():
             if self.read_only:
                 return
-            await self.flush()
+            await self._flush_predecessors()
+            await self.driver.flush()
             # From now on nobody can write, so that what is kept now stays right.
             self.read_only = True
             try:

@@ -391,21 +391,21 @@ async def test_a_write_past_the_threshold_is_told_once(
         async with node.quiesced():
             node.add_hook(Hook([]))
     told: list[int] = []
-    node.watch_writes(1024, told.append)
+    node.write_threshold.watch(1024, told.append)
     write = node.write_nowait  # as a burst does, which looks it up once
     for offset in (0, 512, 513, 514):
         with suppress(WouldBlock):
             write(offset, DATA)
         await node.write(offset, DATA)
         assert told == ([1] if offset > 512 else [])
-    assert node.write_threshold == 0
+    assert node.write_threshold.offset_bytes == 0
     if prepare == "plain":
         assert node.write_nowait == driver.write_nowait
 
 
 async def test_no_discard_is_watched(node: Node) -> None:
     told: list[int] = []
-    node.watch_writes(1, told.append)
+    node.write_threshold.watch(1, told.append)
     await node.discard(0, 512)
     assert not told
     await node.write_zeroes(0, 512, unmap=True)
@@ -414,7 +414,7 @@ async def test_no_discard_is_watched(node: Node) -> None:
 
 async def test_a_watch_leaves_the_gate_shut(node: Node) -> None:
     async with node.quiesced():
-        node.watch_writes(1, lambda _: None)
+        node.write_threshold.watch(1, lambda _: None)
         with pytest.raises(WouldBlock):
             node.write_nowait(0, DATA)
-        assert node.write_threshold == 1
+        assert node.write_threshold.offset_bytes == 1

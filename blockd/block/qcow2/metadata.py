@@ -84,6 +84,8 @@ class Metadata:
     ) -> None:
         """``header`` is what stands in the file."""
         self.header = header
+        #: Whether the file may have another one, because writing that failed or was cancelled.
+        self._header_in_doubt = False
         self.size_bytes = header.size_bytes
         self._file = file
         self._data_file = data_file
@@ -231,9 +233,11 @@ class Metadata:
 
     async def put_header(self, header: Header) -> None:
         """Bring another header to stable storage; it lies in the file's first cluster."""
+        self._header_in_doubt = True
         await self._file.write(0, memoryview(header.build()))
         await self._file.node.flush()
         self.header = header
+        self._header_in_doubt = False
 
     async def change_header(self, change: Callable[[Header], Header]) -> None:
         """Bring the header as ``change`` makes it to stable storage. Raises ``OSError``."""
@@ -241,10 +245,11 @@ class Metadata:
             await self.put_header(change(self.header))
 
     async def _mark_in_use(self) -> None:
-        if self.header.version >= 3 and not self.header.incompatible & Incompatible.DIRTY:
-            await self.put_header(
-                replace(self.header, incompatible=self.header.incompatible | Incompatible.DIRTY)
-            )
+        dirty = self.header.incompatible | Incompatible.DIRTY
+        if self.header.version >= 3 and (
+            dirty != self.header.incompatible or self._header_in_doubt
+        ):
+            await self.put_header(replace(self.header, incompatible=dirty))
 
     async def mark_corrupt(self) -> None:
         """Let nobody write to the image again before it is repaired. Raises ``OSError``."""

@@ -59,7 +59,7 @@ def block_set_write_threshold(services: Services, arguments: BlockSetWriteThresh
         }
         services.bus.publish("BLOCK_WRITE_THRESHOLD", event)
 
-    node.watch_writes(threshold, tell)
+    node.write_threshold.watch(threshold, tell)
 
 
 def query_block(_services: Services, _arguments: QueryBlock) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def _describe(node: Node, image: dict[str, Any]) -> dict[str, Any]:
         "encrypted": False,
         "detect_zeroes": "off",
         "backing_file_depth": backing_depth(node),
-        "write_threshold": _as_signed(node.write_threshold),
+        "write_threshold": _as_signed(node.write_threshold.offset_bytes),
         "cache": {"writeback": True, "direct": driver.direct, "no-flush": not driver.flushes},
         **dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0),
     }
