@@ -98,6 +98,8 @@ class Metadata:
             limits.QCOW2_CACHE_TABLES_MIN // 2,
         )
         self._waiting: list[_Freed] = []
+        #: Whether the file may have another header than ``header``.
+        self._header_in_doubt = False
         self._one = trio.Lock()
         self._begun = 0
         self._done = 0
@@ -196,7 +198,7 @@ class Metadata:
             await self._put_l1_table(taken.l1)
         if taken.l2 or taken.l1.changed:
             await self._file.node.flush()
-        if taken.size_bytes != self.header.size_bytes:
+        if taken.size_bytes != self.header.size_bytes or self._header_in_doubt:
             await self.put_header(replace(self.header, size_bytes=taken.size_bytes))
 
     async def _put_refcount_table(self, table: _TopTable) -> None:

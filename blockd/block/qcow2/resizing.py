@@ -37,9 +37,14 @@ class Resizer:
         if self.writer.external:
             await self.writer.data_file.node.resize(size_bytes)
         metadata.size_bytes = size_bytes
-        if size_bytes > old:
-            await self._zero_end(old, size_bytes)
-        await metadata.flush()
+        try:
+            if size_bytes > old:
+                await self._zero_end(old, size_bytes)
+            await metadata.flush()
+        except BaseException:
+            # Those above go on with the old size, so that is what the header must have.
+            metadata.size_bytes = old
+            raise
 
     def _check(self, header: Header, size_bytes: int) -> None:
         if size_bytes % _SECTOR_BYTES:
