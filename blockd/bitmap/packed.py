@@ -46,7 +46,8 @@ def unpack(first: int, data: bytes) -> BitMap64:
 def pack(first: int, granules: BitMap64) -> bytes:
     """One container's bits: those of ``granules``, all of which lie in it, from ``first`` on."""
     data = granules.serialize()
-    if len(data) == _ONE_ARRAY.size + CONTAINER_BYTES:
+    # A list of numbers may be as long as the array.
+    if len(granules) > _LISTED and len(data) == _ONE_ARRAY.size + CONTAINER_BYTES:
         mark = _ONE_ARRAY.unpack_from(data)[2]
         if mark == _NO_RUNS:
             return data[_ONE_ARRAY.size :]

@@ -47,6 +47,14 @@ def test_same_as_a_number(granules: list[int], first: int, count: int, base: int
     )
 
 
+@pytest.mark.parametrize("count", [4095, 4096, 4097])
+@pytest.mark.parametrize("step", [1, 2, 16])
+def test_as_many_as_the_library_lists(count: int, step: int) -> None:
+    """A list of 4096 numbers takes as many bytes as an array of bits."""
+    granules = [*range(0, 65536, step)][:count]
+    assert marked(granules, 65536).packed(0, 65536) == model(granules, 0, 65536)
+
+
 def test_bits_beyond_the_end_are_dropped() -> None:
     bits = Bits(10 * GRANULE, GRANULE)
     bits.add_packed(0, b"\xff" * 8192)
