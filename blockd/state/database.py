@@ -133,6 +133,12 @@ class Database:
             rows[0][0] if rows else -1,
         )
 
+    def bitmaps(self) -> Sequence[bytes]:
+        return [body for (body,) in self._rows("SELECT body FROM bitmap")]
+
+    def piece_rows(self) -> Sequence[int]:
+        return [row for (row,) in self._rows("SELECT id FROM piece")]
+
     def pieces(self, rows: Sequence[int]) -> Iterator[bytes | None]:
         """Pieces by number, each as it is stored; None for one that is not there."""
         for row in rows:

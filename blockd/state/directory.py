@@ -8,6 +8,7 @@ marks/heartbeat     when the daemon was last alive
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -28,11 +29,11 @@ from blockd.state.disk import Disk, HostDisk
 from blockd.state.environment import Environment, Listener
 from blockd.state.host import Boot, Heartbeat, this_boot
 from blockd.state.image import Kept, KeptImage
-from blockd.state.loading import load_images, recover_image
+from blockd.state.loading import load_images, recover_image, unused_pieces
 from blockd.state.lock import DirectoryLock
 from blockd.state.places import Place, find_place, identify, shape_of
 from blockd.state.records import DamagedError, Identity, ImageRecord, JobRecord, unseal
-from blockd.state.recovery import Circumstances, Recovered
+from blockd.state.recovery import Circumstances, Recovered, judge_image
 
 _log = logging.getLogger(__name__)
 
@@ -100,8 +101,18 @@ class StateDirectory:
             await self._environment.commits.commit(Pending(change))
             self._left_recorded = True
             self._opened.heartbeat.beat()
+            self._nursery.start_soon(self._delete_unused)
         except OSError as error:
             _log.error("the state directory can't be written to: %s", error)
+
+    async def _delete_unused(self) -> None:
+        """Delete pieces that the daemon before this one had no time to make part of a bitmap."""
+        last = self._opened.last_row
+        with suppress(OSError):
+            unused = await self.commits.read(lambda database: unused_pieces(database, last))
+            for at in range(0, len(unused), limits.STATE_DELETE_PIECES):
+                rows = unused[at : at + limits.STATE_DELETE_PIECES]
+                await self.commits.commit(Pending(changes.delete_pieces(rows)))
 
     # -- nodes -------------------------------------------------------------------------------
 
@@ -136,35 +147,36 @@ class StateDirectory:
                 return
             finally:
                 os.close(fd)
-            image = self._find(place, identity)
-            if image is not None:
-                await self._recover(node, image, place, identity)
+            now = Circumstances(
+                identity=identity,
+                size_bytes=node.size_bytes,
+                moved=False,
+                boot_id=self._boot.boot_id,
+                boot_time_ns=self._boot.time_ns,
+            )
+            if (image := self._at(place)) is None:
+                now = dataclasses.replace(now, moved=True)
+                image = self._moved_to(place, now)
+            taken = {keeper.record.row for keeper in self._attached.values()}
+            if image is not None and image.row not in taken:
+                await self._recover(node, image, now)
 
-    def _find(self, place: Place, identity: Identity) -> ImageRecord | None:
-        """The image at the place, or else the one that was moved there; None: not to be had."""
-        taken = {image.record.row for image in self._attached.values()}
-        same_boot = [image for image in self._images.values() if image.row not in taken]
+    def _at(self, place: Place) -> ImageRecord | None:
+        """The image that was at the place."""
+        return next((image for image in self._images.values() if image.key == place.key), None)
+
+    def _moved_to(self, place: Place, now: Circumstances) -> ImageRecord | None:
+        """The image that was at another place, if it is this without a doubt.
+
+        A file's number is soon given to another file, and devices' numbers change with a boot.
+        """
         for image in self._images.values():
-            if image.key == place.key:
-                return None if image.row in taken else image
-        for image in same_boot:
-            boot = image.boot_id == self._boot.boot_id
-            if shape_of(image.key) == place.shape and image.identity.same_storage(
-                identity, same_boot=boot
-            ):
+            same = image.identity.same_storage(now.identity, same_boot=True)
+            if same and shape_of(image.key) == place.shape and judge_image(image, now) is None:
                 return image
         return None
 
-    async def _recover(
-        self, node: Node, image: ImageRecord, place: Place, identity: Identity
-    ) -> None:
-        now = Circumstances(
-            identity=identity,
-            size_bytes=node.size_bytes,
-            moved=image.key != place.key,
-            boot_id=self._boot.boot_id,
-            boot_time_ns=self._boot.time_ns,
-        )
+    async def _recover(self, node: Node, image: ImageRecord, now: Circumstances) -> None:
         environment = self._environment
         recovery = await recover_image(image, now, environment.commits, environment.disk)
         kept = {}
@@ -325,8 +337,8 @@ class Opened:
             self.images = load_images(self.database.images(), disk)
             self.jobs = _jobs(self.database)
             titles = (title.row for image in self.images.values() for title in image.bitmaps)
-            last = max([self.database.last_row(), *self.images, *titles])
-            self.rows: Iterator[int] = itertools.count(last + 1)
+            self.last_row = max([self.database.last_row(), *self.images, *titles])
+            self.rows: Iterator[int] = itertools.count(self.last_row + 1)
             self.heartbeat = Heartbeat(disk)
         except BaseException:
             self.database.close()

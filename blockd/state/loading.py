@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import msgspec
 import trio
@@ -104,6 +105,15 @@ def _armed(details: Details) -> Sequence[ArmedRow] | None:
         return [unseal(body, ArmedRow) for _, body in details.armed]
     except DamagedError:
         return None
+
+
+def unused_pieces(database: Database, last: int) -> Sequence[int]:
+    """The rows of pieces that belong to no bitmap, up to ``last``: later ones are on their way."""
+    used: set[int] = set()
+    for body in database.bitmaps():
+        with suppress(DamagedError):
+            used.update(ref.row for ref in unseal(body, BitmapRecord).pieces)
+    return [row for row in database.piece_rows() if row <= last and row not in used]
 
 
 async def _read_bitmap(record: BitmapRecord, size_bytes: int, commits: Commits) -> Bits | None:

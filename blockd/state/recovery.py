@@ -73,7 +73,7 @@ class Recovery:
 
 def recover(stored: Stored, now: Circumstances) -> Recovery:
     """The bitmaps as they are to be, the oldest first."""
-    reason = _judge_image(stored.image, now) or _judge_state(stored, now.boot_id)
+    reason = judge_image(stored.image, now) or _judge_state(stored, now.boot_id)
     touched = None if reason else _touched(stored, now)
     if reason is None and stored.image.open and touched is None:
         reason = Reason.STATE_DAMAGED
@@ -84,7 +84,8 @@ def recover(stored: Stored, now: Circumstances) -> Recovery:
     return Recovery(bitmaps, all(each.record is not None for each in bitmaps))
 
 
-def _judge_image(image: ImageRecord, now: Circumstances) -> Reason | None:
+def judge_image(image: ImageRecord, now: Circumstances) -> Reason | None:
+    """Why what is stored is not to be trusted for the image as it is found; None: it is."""
     same_boot = image.boot_id == now.boot_id
     if image.size_bytes != now.size_bytes:
         return Reason.SIZE_CHANGED

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from blockd.errors import BlockdError
-from blockd.state import StateDirectory
+from blockd.state import StateDirectory, changes
+from blockd.state.commits import Pending
 from blockd.state.host import Boot
+from blockd.state.loading import unused_pieces
 from tests.helpers.state_rig import DATA, GRANULE, REGION, SIZE, Heard, daemon, dirty, make_image
 
 ALL = set(range(SIZE // GRANULE))
@@ -118,6 +121,48 @@ async def test_an_image_that_was_renamed_is_found(path: Path, image: Path) -> No
         await first.close(node)
         node = await first.node(moved)
         assert dirty(node) == {0, 1}
+
+
+async def test_another_file_with_the_number_of_one_that_is_gone_is_another(
+    path: Path, image: Path
+) -> None:
+    async with daemon(path, image) as first:
+        node = await first.node()
+        await first.add(node)
+        await first.close(node)
+        other = image.with_name("other.img")
+        image.rename(other)
+        make_image(other)
+        node = await first.node(other)
+        assert node.bitmaps.list() == ()
+        assert first.heard.recovered == []
+
+
+async def test_one_node_of_an_image_has_its_bitmaps(path: Path, image: Path) -> None:
+    async with daemon(path, image) as first:
+        node = await first.node(name="one")
+        await first.add(node)
+        other = await first.node(name="two")
+        assert other.bitmaps.list() == ()
+        with pytest.raises(BlockdError, match=r"^Node 'one' keeps the bitmaps of"):
+            first.state.check_persistent(other)
+
+
+async def test_pieces_that_a_kill_left_without_a_bitmap_are_deleted(
+    path: Path, image: Path
+) -> None:
+    async with daemon(path, image) as first:
+        node = await first.node()
+        await first.add(node)
+        await node.write(0, DATA)
+        await first.checkpoint(node)
+        await first.state.commits.commit(Pending(changes.put_pieces([(77, b"x"), (78, b"y")])))
+        killed = first.after_kill()
+    async with daemon(killed, image) as second:
+        await wait_all_tasks_blocked()
+        while unused := await second.state.commits.read(lambda found: unused_pieces(found, 99)):
+            assert set(unused) <= {77, 78}
+        assert dirty(await second.node()) == {0}
 
 
 async def test_a_second_daemon_is_refused_by_name(path: Path, nursery: trio.Nursery) -> None:
