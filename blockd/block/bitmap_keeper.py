@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
+
+import trio
 
 from blockd.bitmap import NodeBitmaps
 from blockd.block.bitmap_store import BitmapStore
@@ -21,21 +24,26 @@ class BitmapKeeper:
         self.store = store
         self._loaded = False
 
-    async def load(self, *, read_only: bool) -> None:
+    async def load(
+        self,
+        *,
+        read_only: bool,
+        before_use: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint,
+    ) -> None:
         """Take over what is kept, before anybody uses the node. Raises ``BlockdError``.
 
-        Where that fails once some of it may be in use, ``save`` puts it in order again.
+        ``before_use`` is awaited when the bitmaps are there and the storage is still as it was.
+        Where this fails once some of it may be in use, ``save`` puts it in order again.
         """
-        if self.store is None:
-            return
         try:
-            kept = await self.store.load()
+            kept = [] if self.store is None else await self.store.load()
         except OSError as error:
             raise BlockdError(f"Failed to read bitmap directory: {error.strerror}") from error
         for name, state in kept:
             self._bitmaps.add_kept(name, state, read_only=read_only)
-        self._loaded = True
-        if not read_only:
+        self._loaded = self.store is not None
+        await before_use()
+        if self.store is not None and not read_only:
             try:
                 await self.store.mark_in_use()
             except OSError as error:

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
+from blockd.block.archive import Archive
 from blockd.block.driver import Driver
 from blockd.block.graph import Graph
 from blockd.block.node import Node
@@ -97,7 +98,7 @@ class Reopening:
             for node in tuple(from_the_top(self._graph.standing.children)):
                 if node in self._planned:
                     await rest.enter_async_context(node.at_rest())
-                    rest.push_async_callback(_resume, node)
+                    rest.push_async_callback(_resume, self._graph.archive, node)
                     await _suspend(node)
             yield
 
@@ -121,11 +122,13 @@ async def _suspend(node: Node) -> None:
         await node.driver.suspend()
 
 
-async def _resume(node: Node) -> None:
+async def _resume(archive: Archive, node: Node) -> None:
     """Let a node go on with the driver that it has now, if that is another one or not."""
     with trio.CancelScope(shield=True):
         try:
             if not node.read_only:
+                # Before the image is written to, so that this is known to be ours.
+                await archive.keep(node)
                 await node.driver.resume()
                 await node.keeper.resume()
         except BaseException:

@@ -181,11 +181,23 @@ async def _open_driver(
 async def _load_bitmaps(graph: Graph, node: Node, *, owned: bool) -> None:
     """Give the node those that outlived an earlier one; where that fails, it is removed."""
     try:
-        await node.keeper.load(read_only=node.read_only)
-        if owned:
-            await graph.archive.attach(node)
+        await _take_over_bitmaps(graph, node, owned=owned)
     except BaseException:
         # An error of the end says less than the one that led to it.
         with trio.CancelScope(shield=True), suppress(OSError):
             await graph.remove(node)
         raise
+
+
+async def _take_over_bitmaps(graph: Graph, node: Node, *, owned: bool) -> None:
+    """Those of its image, and of the archive. Raises ``BlockdError``."""
+
+    async def attach() -> None:
+        if owned:
+            await graph.archive.attach(node)
+        if not node.read_only and node.keeper.store is not None:
+            # Once its bitmaps are marked as in use, the image is not what it was: no matter, if
+            # it is known that we have it.
+            await graph.archive.keep(node)
+
+    await node.keeper.load(read_only=node.read_only, before_use=attach)

@@ -38,6 +38,15 @@ def test_exact_bits_outlive_any_number_of_kills(disk: KeptDisk) -> None:
         disk.check_dirty(granules)
 
 
+def test_a_disk_that_was_only_opened_keeps_its_bits(disk: KeptDisk) -> None:
+    disk.write([3])
+    disk.quit()
+    for _ in range(2):
+        disk.start()
+        killed(disk)
+        disk.check_dirty([3])
+
+
 def merge(disk: KeptDisk) -> list[int]:
     disk.add_bitmap("merged")
     disk.write([8])
