@@ -8,6 +8,7 @@ after each kill, and what the disk holds is compared with its backup.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 import threading
@@ -22,7 +23,8 @@ from tests.helpers.daemon import Daemon
 from tests.torture.disk import Disk
 from tests.torture.life import Gone, Life
 
-DISKS = ("a", "b")
+#: Names and formats.
+DISKS = {"a": "raw", "b": "qcow2"}
 
 
 class Death(Enum):
@@ -49,7 +51,8 @@ class Campaign:
         state.mkdir(mode=0o700)
         self._daemon = Daemon(directory, options=["--state-dir", str(state)])
         self._disks = [
-            Disk(directory, name, seed * len(DISKS) + number) for number, name in enumerate(DISKS)
+            Disk(directory, name, driver, seed * len(DISKS) + number)
+            for number, (name, driver) in enumerate(DISKS.items())
         ]
         self._pause = threading.Event()
         self.figures: Counter[str] = Counter()
@@ -164,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_figures(campaign.figures, time.monotonic() - began)
         raise
     _print_figures(campaign.figures, time.monotonic() - began)
+    shutil.rmtree(directory)
     return 0
 
 

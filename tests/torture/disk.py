@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pyroaring import BitMap
 
-from tests.torture.model import BitmapModel, Model, Moment
+from tests.torture.model import BitmapModel, Content, Model
 from tests.torture.write_log import BLOCK_BYTES, WriteLog
 
 MIB = 1 << 20
@@ -21,16 +23,17 @@ MAIN = "main"
 
 
 class Disk:
-    """``name`` is that of its node, its export and its files."""
+    """``name`` is that of its node, its export and its files; ``driver``: raw or qcow2."""
 
-    def __init__(self, directory: Path, name: str, seed: int) -> None:
+    def __init__(self, directory: Path, name: str, driver: str, seed: int) -> None:
         self.name = name
+        self.driver = driver
         self.directory = directory
-        self.image = directory / f"{name}.img"
+        self.image = directory / f"{name}.{driver}"
         self.target = directory / f"{name}.backup"
-        for path in (self.image, self.target):
-            with path.open("wb") as file:
-                file.truncate(DISK_BYTES)
+        for path, format_ in ((self.image, driver), (self.target, "raw")):
+            create = ["qemu-img", "create", "-q", "-f", format_, str(path), str(DISK_BYTES)]
+            subprocess.run(create, check=True)
         self.log = WriteLog(directory, name)
         self.bitmaps: dict[str, BitmapModel] = {}
         #: The first write that the bitmaps were not looked at with.
@@ -39,9 +42,6 @@ class Disk:
         self.target_open = False
         self._written = BitMap()
         self._written_to = 0
-        #: The instant at which the backup that runs began.
-        self.job_began: Moment | None = None
-        self._file = os.open(self.image, os.O_RDONLY | os.O_CLOEXEC)
         self._writing = False
         self._writer = subprocess.Popen(
             [sys.executable, "-m", "tests.torture.writer", str(directory), name, str(seed)],
@@ -52,7 +52,7 @@ class Disk:
 
     def options(self) -> dict[str, Any]:
         file = {"driver": "file", "filename": str(self.image)}
-        return {"driver": "raw", "node-name": self.name, "discard": "unmap", "file": file}
+        return {"driver": self.driver, "node-name": self.name, "discard": "unmap", "file": file}
 
     def target_options(self, bad_sector: int | None) -> dict[str, Any]:
         """``bad_sector``: it can't be written, once."""
@@ -91,7 +91,6 @@ class Disk:
         assert self._writer.stdout is not None
         self._writer.stdout.close()
         self.log.close()
-        os.close(self._file)
 
     # -- what is known of it -----------------------------------------------------------------
 
@@ -99,11 +98,23 @@ class Disk:
         """The moment before a command: ``Moment.before``."""
         return self.log.unanswered_from(self.base)
 
-    def on_disk(self, block: int, content: bytes) -> bool:
-        return os.pread(self._file, BLOCK_BYTES, block * BLOCK_BYTES) == content
+    @contextmanager
+    def content(self, socket: Path) -> Iterator[Content]:
+        """What the disk holds, while no guest writes, from an export of it."""
+        path = self.image
+        if self.driver != "raw":
+            path = self.directory / f"{self.name}.content"
+            path.unlink(missing_ok=True)
+            copy = ["nbdcopy", self._uri(socket), str(path)]
+            subprocess.run(copy, check=True, capture_output=True)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield lambda block: os.pread(file, BLOCK_BYTES, block * BLOCK_BYTES)
+        finally:
+            os.close(file)
 
-    def changed_since_backup(self) -> BitMap:
-        """The blocks whose content differs from that of the target."""
+    def differing_from_backup(self, content: Content) -> BitMap:
+        """The blocks whose content is not that of the target."""
         end = self.log.count()
         for _, write, _ in self.log.entries(self._written_to, end):
             self._written.add_range(write.blocks().start, write.blocks().stop)
@@ -113,16 +124,14 @@ class Disk:
             return BitMap(
                 block
                 for block in self._written
-                if os.pread(target, BLOCK_BYTES, block * BLOCK_BYTES)
-                != os.pread(self._file, BLOCK_BYTES, block * BLOCK_BYTES)
+                if os.pread(target, BLOCK_BYTES, block * BLOCK_BYTES) != content(block)
             )
         finally:
             os.close(target)
 
     def dirty_blocks(self, socket: Path, bitmap: str) -> BitMap:
         """What a bitmap says, from an export that has it."""
-        uri = f"nbd+unix:///{self.name}-check?socket={socket}"
-        command = ["nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{bitmap}", uri]
+        command = ["nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{bitmap}", self._uri(socket)]
         runs = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         dirty = BitMap()
         for run in runs:
@@ -130,6 +139,9 @@ class Disk:
                 end = -(-(run["offset"] + run["length"]) // BLOCK_BYTES)
                 dirty.add_range(run["offset"] // BLOCK_BYTES, end)
         return dirty
+
+    def _uri(self, socket: Path) -> str:
+        return f"nbd+unix:///{self.name}-check?socket={socket}"
 
     def begin_anew(self, bitmap: BitmapModel, recording: bool, dirty: BitMap) -> None:  # noqa: FBT001
         """From now on the bitmap is known to be this."""

@@ -7,8 +7,8 @@ import signal
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,7 +18,7 @@ from pyroaring import BitMap
 from tests.helpers.daemon import Daemon
 from tests.helpers.qmp_client import QmpClient, QmpError
 from tests.torture.disk import DISK_BYTES, MAIN, Disk
-from tests.torture.model import BitmapModel, Model, Moment, judge, touched
+from tests.torture.model import BitmapModel, Content, Model, Moment, judge, touched
 
 KIB = 1 << 10
 GRANULARITIES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB)
@@ -134,12 +134,14 @@ class Life:
         for disk in self._disks:
             found = {info["name"]: info for info in infos[disk.name].get("dirty-bitmaps", [])}
             self._check_names(disk, found)
-            self._export(disk, f"{disk.name}-check", writable=True, bitmaps=list(found))
+            self._export(disk, "-check", writable=True, bitmaps=list(found))
             moment = Moment(disk.before(), disk.log.count())
             dirty = {name: self._read(disk, name) for name in found}
-            self.execute("block-export-del", id=f"{disk.name}-check")
-            for name, info in found.items():
-                self._check_bitmap(disk, disk.bitmaps[name], info, dirty[name], moment)
+            with self._content(disk) as content:
+                for name, info in found.items():
+                    bitmap = disk.bitmaps[name]
+                    self._check_bitmap(disk, bitmap, info, dirty[name], moment, content)
+            self._unexport(disk)
             disk.base = moment.after
             for name, info in found.items():
                 disk.begin_anew(disk.bitmaps[name], info["recording"], dirty[name])
@@ -164,15 +166,16 @@ class Life:
         info: dict[str, Any],
         dirty: BitMap,
         moment: Moment,
+        content: Content,
     ) -> None:
         recording = info["recording"]
         models = [model for model in bitmap.possible(moment) if model.recording == recording]
         assert models, f"{disk.name} '{bitmap.name}': recording must not be {recording}"
-        verdict = judge(bitmap, models, dirty, disk.log, disk.on_disk)
+        verdict = judge(bitmap, models, dirty, disk.log, content)
         what = f"{disk.name} '{bitmap.name}'"
         assert not verdict.lost, f"{what}: blocks {list(verdict.lost)[:20]} are not dirty"
         if bitmap.name == MAIN:
-            missing = disk.changed_since_backup() - dirty
+            missing = disk.differing_from_backup(content) - dirty
             assert not missing, f"{what}: blocks {list(missing)[:20]} differ from the backup"
         self._figures["bitmaps checked"] += 1
         self._figures["dirty granules"] += verdict.dirty_granules
@@ -194,23 +197,39 @@ class Life:
         except Gone:
             raise Gone from error
 
-    def _export(self, disk: Disk, name: str, **options: Any) -> None:
+    @contextmanager
+    def _content(self, disk: Disk) -> Iterator[Content]:
+        try:
+            with disk.content(self._socket) as content:
+                yield content
+        except subprocess.CalledProcessError as error:
+            self._gone_or(error)
+            raise
+
+    def _export(self, disk: Disk, suffix: str = "", **options: Any) -> None:
+        name = disk.name + suffix
         export = {"type": "nbd", "id": name, "name": name, "node-name": disk.name}
         self.execute("block-export-add", **export, **options)
+
+    def _unexport(self, disk: Disk) -> None:
+        self.execute("block-export-del", id=f"{disk.name}-check", mode="hard")
 
     def repair(self) -> None:
         """Bring every backup up to date, and compare; no guest is writing."""
         for disk in self._disks:
             self.begin_backup(disk, may_fail=False)
             self.finish_backup(disk)
-            missing = disk.changed_since_backup()
+            self._export(disk, "-check")
+            with self._content(disk) as content:
+                missing = disk.differing_from_backup(content)
+            self._unexport(disk)
             assert not missing, f"{disk.name}: the backup is wrong at {list(missing)[:20]}"
             assert not Path(f"{disk.target}.blockd-incomplete").exists(), disk.name
             self._figures["repairs"] += 1
 
     def let_write(self) -> None:
         for disk in self._disks:
-            self._export(disk, disk.name, writable=True)
+            self._export(disk, writable=True)
             disk.write_on(self._socket)
 
     # -- commands ----------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from pyroaring import BitMap
 
 from tests.torture.write_log import BLOCK_BYTES, Answer, Kind, WriteLog, stamped
 
-#: Whether the disk holds this content at this block.
-OnDisk = Callable[[int, bytes], bool]
+#: What the disk holds at a block.
+Content = Callable[[int], bytes]
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,18 @@ class Model:
     def merged(self, must: BitMap, may: BitMap) -> Model:
         return replace(self, must=self.must | must, may=self.may | may)
 
-    def must_at(self, log: WriteLog, end: int, on_disk: OnDisk | None = None) -> BitMap:
-        """What has to be dirty by now; with ``on_disk`` also what was not answered but done."""
+    def must_at(self, log: WriteLog, end: int, content: Content | None = None) -> BitMap:
+        """What has to be dirty by now; with ``content`` also what was not answered but done."""
         must = self.must.copy()
         if self.recording and self.must_from < end:
             for number, write, answer in log.entries(self.must_from, end):
                 if answer is Answer.DONE:
                     must.add_range(write.blocks().start, write.blocks().stop)
-                elif on_disk is not None and write.kind is Kind.WRITE:
+                elif content is not None and write.kind is Kind.WRITE:
                     must.update(
-                        block for block in write.blocks() if on_disk(block, stamped(number, block))
+                        block
+                        for block in write.blocks()
+                        if content(block) == stamped(number, block)
                     )
         return must
 
@@ -129,11 +131,11 @@ class Verdict:
 
 
 def judge(
-    bitmap: BitmapModel, models: Sequence[Model], dirty: BitMap, log: WriteLog, on_disk: OnDisk
+    bitmap: BitmapModel, models: Sequence[Model], dirty: BitMap, log: WriteLog, content: Content
 ) -> Verdict:
     """``models``: what it can be, ``dirty``: the blocks of its dirty granules."""
     end = log.count()
-    must, *others = [model.must_at(log, end, on_disk) for model in models]
+    must, *others = [model.must_at(log, end, content) for model in models]
     for other in others:
         must &= other
     may = BitMap.union(*[model.may_at(log, end) for model in models])
