@@ -28,8 +28,12 @@ from blockd.qmp.types.bitmap import (
 
 async def add(services: Services, arguments: BlockDirtyBitmapAdd) -> None:
     async with _node_to_add_to(services, arguments).quiesced():
-        do_add(services, arguments).commit()
-    await _keep(services, arguments.node)
+        change = do_add(services, arguments)
+    if not await _keep(services, arguments.node) and arguments.persistent:
+        change.undo()
+        raise BlockdError(
+            f"Bitmap '{arguments.name}' can't be kept: the state directory can't be written to"
+        )
 
 
 async def remove(services: Services, arguments: BlockDirtyBitmapRemove) -> None:
@@ -59,11 +63,10 @@ async def merge(services: Services, arguments: BlockDirtyBitmapMerge) -> None:
     await _keep(services, arguments.node)
 
 
-async def _keep(services: Services, name: str) -> None:
-    """A kill after the reply finds the bitmaps as they are now."""
+async def _keep(services: Services, name: str) -> bool:
+    """Whether a kill after the reply finds the bitmaps as they are now."""
     node = services.graph.find(name)
-    if node is not None:
-        await services.graph.archive.keep(node)
+    return node is None or await services.graph.archive.keep(node)
 
 
 def do_add(services: Services, arguments: BlockDirtyBitmapAdd) -> Change:
