@@ -142,33 +142,42 @@ def _needed(stored: Stored) -> range:
 
 @dataclass(frozen=True, slots=True)
 class _Touched:
-    """What was written to while the image was open: by epoch, or as far as it was armed."""
+    """What was written to while the image was open, by epoch.
+
+    ``armed``: of the epochs up to ``exact_after``, which were before this boot; regions that were
+    armed later are not needed, since the marks of these epochs are all there.
+    """
 
     marks: Mapping[int, Bits]
-    armed: Sequence[tuple[int, Bits]]
+    armed: Sequence[tuple[int, Bits]] = ()
+    exact_after: int = -1
 
     def add_to(self, bits: Bits, epoch: int) -> None:
-        for touched_in, touched in (*self.marks.items(), *self.armed):
-            if touched_in >= epoch:
-                bits.merge(touched)
+        for marked_in, marked in self.marks.items():
+            if marked_in >= epoch:
+                bits.merge(marked)
+        for armed_in, regions in self.armed:
+            if epoch <= armed_in <= self.exact_after:
+                bits.merge(regions)
 
 
 def _touched(stored: Stored, now: Circumstances) -> _Touched | None:
     """None where it is not known."""
     image = stored.image
     if not image.open:
-        return _Touched({}, ())
+        return _Touched({})
     marks = {
         epoch: found
         for epoch, found in stored.marks.items()
         if found is not None and found.header.boot_id == now.boot_id and epoch >= image.since
     }
     marked = {epoch: _marked(found, now.size_bytes) for epoch, found in marks.items()}
-    if all(epoch in marks for epoch in _needed(stored)):
-        return _Touched(marked, ())
+    exact_after = max((epoch for epoch in _needed(stored) if epoch not in marks), default=-1)
+    if exact_after < 0:
+        return _Touched(marked)
     if stored.armed is None:
         return None
-    return _Touched(marked, _armed(stored.armed, now.size_bytes))
+    return _Touched(marked, _armed(stored.armed, now.size_bytes), exact_after)
 
 
 def _armed(rows: Sequence[ArmedRow], size_bytes: int) -> Sequence[tuple[int, Bits]]:
