@@ -18,6 +18,9 @@ class Archive(Protocol):
     def check_persistent(self, node: Node) -> None:
         """Raise ``BlockdError`` where no bitmap of this node can be kept."""
 
+    async def look_at(self, file: Node) -> None:
+        """A node is being opened over ``file``, which it may write to before it is attached."""
+
     async def attach(self, node: Node) -> None:
         """Give a node that has just been opened the bitmaps which its image had."""
 
@@ -47,6 +50,9 @@ class NoArchive:
             f"Can't store persistent bitmaps to {node.name}: Operation not supported: "
             "start blockd with --state-dir"
         )
+
+    async def look_at(self, file: Node) -> None:
+        await trio.lowlevel.checkpoint()
 
     async def attach(self, node: Node) -> None:
         await trio.lowlevel.checkpoint()

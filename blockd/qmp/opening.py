@@ -83,6 +83,12 @@ class Opening:
 
         Raises ``BlockdError``.
         """
+        node = await self._child(role, reference)
+        if role is Role.FILE:
+            await self.graph.archive.look_at(node)
+        return node
+
+    async def _child(self, role: Role, reference: str | NodeOptions) -> Node:
         if isinstance(reference, str):
             node = self.graph.get(reference, device=reference)
             if role is Role.FILE:

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
@@ -19,21 +20,21 @@ import msgspec
 import trio
 
 from blockd import limits
-from blockd.bitmap import DirtyBitmap, Inconsistent, Recording, Stopped
-from blockd.block import Node
+from blockd.bitmap import DirtyBitmap
+from blockd.block import FileDriver, Node
 from blockd.errors import BlockdError
 from blockd.state import changes
 from blockd.state.commits import Commits, Pending
-from blockd.state.database import Database, open_database
+from blockd.state.database import open_database
 from blockd.state.disk import Disk, HostDisk
 from blockd.state.environment import Environment, Listener
 from blockd.state.host import Boot, Heartbeat, this_boot
 from blockd.state.image import Kept, KeptImage
-from blockd.state.loading import load_images, recover_image, unused_pieces
+from blockd.state.loading import load_images, load_jobs, put_in, recover_image, unused_pieces
 from blockd.state.lock import DirectoryLock
 from blockd.state.places import Place, find_place, identify, shape_of
-from blockd.state.records import DamagedError, Identity, ImageRecord, JobRecord, unseal
-from blockd.state.recovery import Circumstances, Recovered, judge_image
+from blockd.state.records import Identity, ImageRecord, JobRecord
+from blockd.state.recovery import Circumstances, judge_image, untouched
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class StateDirectory:
         self._unfinished_jobs = opened.jobs
         self._attached: dict[Node, KeptImage] = {}
         self._attaching = trio.Lock()
+        #: What files were before something was opened over them, by path.
+        self._looked_at: dict[str, Identity] = {}
         #: For measurements.
         self.commits = commits = Commits(opened.database)
         self._environment = Environment(disk, commits, opened.rows, boot.boot_id, listener)
@@ -125,6 +128,47 @@ class StateDirectory:
                     f"Node '{other.name}' keeps the bitmaps of '{place.path}': add it there"
                 )
 
+    async def look_at(self, file: Node) -> None:
+        """A node is being opened over ``file``, which it may write to before it is attached,
+        as to repair an image after a crash.
+
+        ``attach`` judges the image as it is now. And where it has been left alone since a daemon
+        had it open, it is recorded that we have it: another crash finds no change but ours.
+        """
+        if not isinstance(file.driver, FileDriver):
+            return
+        place = find_place(file)
+        path = place.path
+        identity = await self._identify(path, place.fd)
+        if identity is None:
+            return
+        self._looked_at[path] = identity
+        if self._left_recorded:
+            self._opened.heartbeat.beat()
+        taken = {image.record.row for image in self._attached.values()}
+        for image in tuple(self._images.values()):
+            ours = image.open and image.row not in taken
+            if ours and image.key.endswith(f":{path}") and untouched(image, identity, self._boot):
+                await self._record_taken(image, identity)
+
+    async def _record_taken(self, image: ImageRecord, identity: Identity) -> None:
+        taken = msgspec.structs.replace(
+            image, identity=identity, boot_id=self._boot.boot_id, left_ns=None
+        )
+        pending = Pending(changes.put_image(taken))
+        if await self._bounded(lambda: self._environment.commits.commit(pending)):
+            self._images[image.row] = msgspec.structs.replace(taken, left_ns=time.time_ns())
+
+    async def _identify(self, path: str, fd: int) -> Identity | None:
+        fd = os.dup(fd)
+        try:
+            return await trio.to_thread.run_sync(identify, fd)
+        except OSError as error:
+            _log.error("'%s' can't be recognised: %s", path, error)
+            return None
+        finally:
+            os.close(fd)
+
     async def attach(self, node: Node) -> None:
         """Give a node that has just been opened the bitmaps which its image had.
 
@@ -139,14 +183,11 @@ class StateDirectory:
         except BlockdError:
             return
         async with self._attaching:
-            fd = os.dup(place.fd)
-            try:
-                identity = await trio.to_thread.run_sync(identify, fd)
-            except OSError as error:
-                _log.error("'%s' can't be recognised: %s", place.path, error)
+            identity = self._looked_at.pop(place.path, None)
+            if identity is None or isinstance(node.driver, FileDriver):
+                identity = await self._identify(place.path, place.fd)
+            if identity is None:
                 return
-            finally:
-                os.close(fd)
             now = Circumstances(
                 identity=identity,
                 size_bytes=node.size_bytes,
@@ -182,7 +223,7 @@ class StateDirectory:
         kept = {}
         node.bitmaps.largest_bytes = max(node.size_bytes, image.largest_bytes)
         for found in recovery.bitmaps:
-            bitmap = _add(node, found)
+            bitmap = put_in(node, found)
             if bitmap is not None and found.record is not None:
                 kept[bitmap] = Kept(found.record, bitmap.version)
             if bitmap is not None and found.reason is not None:
@@ -312,7 +353,7 @@ class StateDirectory:
         with self._beating:
             while True:
                 await trio.sleep(limits.STATE_HEARTBEAT_SECONDS)
-                if self._attached and self._left_recorded:
+                if (self._attached or self._looked_at) and self._left_recorded:
                     self._opened.heartbeat.beat()
                 for keeper in self._attached.values():
                     self._nursery.start_soon(_look_after, keeper)
@@ -335,7 +376,7 @@ class Opened:
             if damaged:
                 _log.error("the database in '%s' is damaged: a new one is made", path)
             self.images = load_images(self.database.images(), disk)
-            self.jobs = _jobs(self.database)
+            self.jobs = load_jobs(self.database)
             titles = (title.row for image in self.images.values() for title in image.bitmaps)
             self.last_row = max([self.database.last_row(), *self.images, *titles])
             self.rows: Iterator[int] = itertools.count(self.last_row + 1)
@@ -352,34 +393,8 @@ class Opened:
         self._lock.release()
 
 
-def _jobs(database: Database) -> list[tuple[str, Mapping[str, str]]]:
-    jobs: list[tuple[str, Mapping[str, str]]] = []
-    for job_id, body in database.jobs():
-        try:
-            jobs.append((job_id, unseal(body, JobRecord).facts))
-        except DamagedError:
-            jobs.append((job_id, {}))
-    return jobs
-
-
 async def _look_after(keeper: KeptImage) -> None:
     with suppress(OSError):
         await keeper.record_loss()
         if keeper.due:
             await keeper.checkpoint()
-
-
-def _add(node: Node, found: Recovered) -> DirtyBitmap | None:
-    """Put a recovered bitmap into the node; None where the node has a better one."""
-    name = found.title.name
-    for there in node.bitmaps.list():
-        if there.name == name:
-            if not isinstance(there.state, Inconsistent):
-                if found.reason is None:
-                    there.identity = found.title.identity
-                return None
-            node.bitmaps.remove(name)
-    state = Recording(found.bits) if found.title.recording else Stopped(found.bits)
-    bitmap = node.bitmaps.add_kept(name, state, read_only=False)
-    bitmap.reason, bitmap.identity = found.reason, found.title.identity
-    return bitmap

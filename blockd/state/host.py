@@ -41,7 +41,7 @@ class Heartbeat:
         #: When a daemon before this one was last alive; 0 where that is not known.
         self.last_ns = self._read()
         self._fd = disk.create(_NAME, _BEAT.size)
-        self._write(self.last_ns)
+        self.note(self.last_ns)
 
     def _read(self) -> int:
         try:
@@ -59,9 +59,9 @@ class Heartbeat:
     def beat(self) -> None:
         """Note that the daemon is alive. A microsecond; what goes wrong errs to "dead"."""
         with suppress(OSError):
-            self._write(time.time_ns())
+            self.note(time.time_ns())
 
-    def _write(self, time_ns: int) -> None:
+    def note(self, time_ns: int) -> None:
         total = zlib.crc32(time_ns.to_bytes(8, "little"))
         self._disk.write(self._fd, _BEAT.pack(time_ns, total), 0)
 

@@ -9,7 +9,8 @@ from contextlib import suppress
 import msgspec
 import trio
 
-from blockd.bitmap import Bits
+from blockd.bitmap import Bits, DirtyBitmap, Inconsistent, Recording, Stopped
+from blockd.block import Node
 from blockd.state import marks
 from blockd.state.commits import Commits
 from blockd.state.database import Database, Details, ImageRow
@@ -19,9 +20,10 @@ from blockd.state.records import (
     BitmapRecord,
     DamagedError,
     ImageRecord,
+    JobRecord,
     unseal,
 )
-from blockd.state.recovery import Circumstances, Recovery, Stored, read_bits, recover
+from blockd.state.recovery import Circumstances, Recovered, Recovery, Stored, read_bits, recover
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +44,16 @@ def load_images(rows: Iterable[ImageRow], disk: Disk) -> dict[int, ImageRecord]:
             _log.error("'%s': the record is lost, so its bitmaps will be all dirty", image.key)
             images[image_row] = msgspec.structs.replace(image, damaged=True)
     return images
+
+
+def load_jobs(database: Database) -> list[tuple[str, Mapping[str, str]]]:
+    jobs: list[tuple[str, Mapping[str, str]]] = []
+    for job_id, body in database.jobs():
+        try:
+            jobs.append((job_id, unseal(body, JobRecord).facts))
+        except DamagedError:
+            jobs.append((job_id, {}))
+    return jobs
 
 
 def _titled(disk: Disk) -> dict[int, ImageRecord]:
@@ -143,3 +155,19 @@ def _read_marks(disk: Disk, image_row: int) -> Mapping[int, marks.Marks | None]:
                 _log.error("the marks file '%s' can't be read: %s", name, error)
                 found[parsed[1]] = None
     return found
+
+
+def put_in(node: Node, found: Recovered) -> DirtyBitmap | None:
+    """Put a recovered bitmap into the node; None where the node has a better one."""
+    name = found.title.name
+    for there in node.bitmaps.list():
+        if there.name == name:
+            if not isinstance(there.state, Inconsistent):
+                if found.reason is None:
+                    there.identity = found.title.identity
+                return None
+            node.bitmaps.remove(name)
+    state = Recording(found.bits) if found.title.recording else Stopped(found.bits)
+    bitmap = node.bitmaps.add_kept(name, state, read_only=False)
+    bitmap.reason, bitmap.identity = found.reason, found.title.identity
+    return bitmap

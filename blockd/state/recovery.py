@@ -19,6 +19,7 @@ from pyroaring import BitMap64
 
 from blockd import limits
 from blockd.bitmap import Bits, DamagedPieceError, Reason, piece_sum, unpack_piece
+from blockd.state.host import Boot
 from blockd.state.marks import Marks
 from blockd.state.records import ArmedRow, BitmapRecord, BitmapTitle, Identity, ImageRecord
 
@@ -96,6 +97,21 @@ def judge_image(image: ImageRecord, now: Circumstances) -> Reason | None:
     else:
         changed = _differs(image.identity, now)
     return Reason.IMAGE_CHANGED if changed else None
+
+
+def untouched(image: ImageRecord, identity: Identity, boot: Boot) -> bool:
+    """Whether an image that was open has been left alone since, as far as its host can tell."""
+    same_boot = image.boot_id == boot.boot_id
+    now = Circumstances(
+        identity=identity,
+        size_bytes=image.size_bytes,
+        moved=False,
+        boot_id=boot.boot_id,
+        boot_time_ns=boot.time_ns,
+    )
+    return image.identity.same_storage(identity, same_boot=same_boot) and not _changed_since(
+        image, now, same_boot=same_boot
+    )
 
 
 def _differs(then: Identity, now: Circumstances) -> bool:

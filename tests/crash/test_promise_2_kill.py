@@ -41,10 +41,21 @@ def test_exact_bits_outlive_any_number_of_kills(disk: KeptDisk) -> None:
 def test_a_disk_that_was_only_opened_keeps_its_bits(disk: KeptDisk) -> None:
     disk.write([3])
     disk.quit()
+    disk.start()
     for _ in range(2):
-        disk.start()
         killed(disk)
         disk.check_dirty([3])
+
+
+def test_a_late_repair_is_no_change_of_others(disk: KeptDisk) -> None:
+    """After a kill blockd itself writes to a qcow2 image first: it opens it, and repairs it."""
+    disk.write([3, 700])
+    disk.kill()
+    disk.was_killed_long_ago()
+    disk.start()
+    disk.check_dirty([3, 700])
+    killed(disk)
+    disk.check_dirty([3, 700])
 
 
 def merge(disk: KeptDisk) -> list[int]:

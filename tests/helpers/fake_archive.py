@@ -21,6 +21,9 @@ class FakeArchive:
     def check_persistent(self, node: Node) -> None:
         """Everything can be kept."""
 
+    async def look_at(self, file: Node) -> None:
+        self.log.append(f"look at {file.name}")
+
     async def attach(self, node: Node) -> None:
         self.log.append(f"attach {node.name}")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import msgspec
 
 from blockd.bitmap import Bits
 from blockd.qmp.types.event import EVENTS
+from blockd.state.disk import HostDisk
+from blockd.state.host import Heartbeat
 from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.qmp_client import QmpClient
@@ -78,6 +82,12 @@ class KeptDisk:
     def kill(self) -> None:
         self.daemon.kill()
         self.qmp.close()
+
+    def was_killed_long_ago(self) -> None:
+        """Put the kill, and the last write before it, ten seconds back."""
+        then_ns = time.time_ns() - 10 * 10**9
+        os.utime(self.image, ns=(then_ns, then_ns))
+        Heartbeat(HostDisk(str(self.state / "marks"))).note(then_ns)
 
     def quit(self) -> None:
         self.qmp.execute("quit")
