@@ -241,8 +241,7 @@ class KeptImage:
         epoch = await self._make_epoch()
         ended = self._begin(epoch)
         storings = [self._begin_storing(bitmap, epoch) for bitmap in self._to_store()]
-        whole = len(storings) == len(self._persistent())
-        size_bytes = self.node.size_bytes
+        whole, size_bytes = len(storings) == len(self._persistent()), self.node.size_bytes
         armed = ArmedRow(epoch.number, epoch.region_shift, self.journal.armed.serialize())
         try:
             await end_epoch(ended)
@@ -400,10 +399,9 @@ class KeptImage:
     def _closing_change(self, identity: Identity) -> Apply:
         if not self._kept:
             return changes.forget_image(self.record.row)
-        record = msgspec.structs.replace(self.record, open=False, identity=identity)
-        disarm = changes.disarm(record.row, record.epoch + 1)
-        self.record = record
-        return changes.all_of(changes.put_image(record), disarm)
+        self.record = msgspec.structs.replace(self.record, open=False, identity=identity)
+        disarm = changes.disarm(self.record.row, self.record.epoch + 1)
+        return changes.all_of(changes.put_image(self.record), disarm)
 
 
 def _sync_and_identify(fd: int) -> Identity:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.tools import require_tool
+
 
 @contextmanager
 def loop_device(backing: Path, *, sector_bytes: int = 512) -> Iterator[str]:
     """The path of a loop device over ``backing``; skips the test where there can be none."""
-    losetup = shutil.which("losetup") or "/sbin/losetup"
-    if not Path(losetup).exists():
-        pytest.skip("losetup is not installed")
+    losetup = require_tool("losetup")
     attach = [losetup, "--find", "--show", "--sector-size", str(sector_bytes), str(backing)]
     attached = subprocess.run(attach, capture_output=True, text=True, check=False)
     if attached.returncode != 0:

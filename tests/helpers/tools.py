@@ -13,15 +13,17 @@ FOR_ROOT = "/usr/sbin:/sbin"
 
 
 def require_tool(name: str) -> str:
-    """The path of the program ``name``. Where it is missing, so is the test."""
+    """The path of the program ``name``; without it the test fails, for it can be installed."""
     path = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:{FOR_ROOT}")
     if path is None:
-        lacking(f"{name} is not installed")
+        pytest.fail(f"{name} is not installed; .ci/run installs whatever the tests need")
     return path
 
 
 def lacking(what: str) -> NoReturn:
-    """Skip the test, except in CI: what CI does not run, nobody runs."""
+    """Skip the test, for this machine can't do that; except in CI: what CI does not run, nobody
+    runs.
+    """
     if os.environ.get("CI"):
         pytest.fail(f"{what}, and in CI no test may be skipped for that")
     pytest.skip(what)

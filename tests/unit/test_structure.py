@@ -13,8 +13,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-MAX_FILE_LINES = 600
-MAX_FUNCTION_LINES = 70
+#: Of the package, and of its tests and scripts, whose tables and stories run longer.
+MAX_MODULE_LINES = 410
+MAX_FILE_LINES = 510
+MAX_FUNCTION_LINES = 50
+
+#: Longer functions, each with the reason.
+LONG_FUNCTIONS = {
+    ("blockd.nbd.connection", "_burst"): "every call in it was measured to cost NBD's small I/O",
+}
 
 RANKS = ("values", "pure", "domain", "edges", "root")
 
@@ -208,7 +215,8 @@ def test_pure_modules_have_no_clock_and_no_input_or_output(source: Source) -> No
 
 @each_file
 def test_files_stay_short(source: Source) -> None:
-    assert source.text.count("\n") <= MAX_FILE_LINES
+    most = MAX_MODULE_LINES if source.name in MODULES else MAX_FILE_LINES
+    assert source.text.count("\n") <= most
 
 
 @each_file
@@ -219,7 +227,8 @@ def test_functions_stay_short(source: Source) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     )
     lengths = [(node.name, (node.end_lineno or 0) - node.lineno + 1) for node in functions]
-    assert [(name, lines) for name, lines in lengths if lines > MAX_FUNCTION_LINES] == []
+    long = {name for name, lines in lengths if lines > MAX_FUNCTION_LINES}
+    assert long == {name for module, name in LONG_FUNCTIONS if module == source.name}
 
 
 @each_file
