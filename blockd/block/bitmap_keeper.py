@@ -102,8 +102,13 @@ class BitmapKeeper:
         try:
             await self.store.store(sorted(self._bitmaps.kept(), key=lambda each: -each.rank))
         except OSError as error:
-            log.error("bitmaps of node '%s' are lost: %s", self._node_name, error.strerror)
+            self.tell_loss(error)
             raise
+
+    def tell_loss(self, error: OSError) -> None:
+        """Those that the store has are in use, and will not be saved, because of ``error``."""
+        if self.store is not None and self._loaded and self._bitmaps.kept():
+            log.error("bitmaps of node '%s' are lost: %s", self._node_name, error.strerror)
 
     async def resume(self) -> None:
         """After ``save`` there will be writes again, once this has returned. Raises ``OSError``."""

@@ -314,8 +314,7 @@ class Graph:
             cleanup.push_async_callback(self._remove_from_below, node)
             try:
                 if not node.read_only:
-                    await node.flush()
-                    await node.keeper.save()
+                    await _put_in_order(node)
             except BaseException:
                 await self._close(node, nullcontext())
                 raise
@@ -370,3 +369,13 @@ class Graph:
                 await self.remove(free)
         if errors:
             raise ExceptionGroup("some nodes could not be flushed", errors)
+
+
+async def _put_in_order(node: Node) -> None:
+    """Bring all that was written to stable storage, and then the bitmaps that speak of it."""
+    try:
+        await node.flush()
+    except OSError as error:
+        node.keeper.tell_loss(error)
+        raise
+    await node.keeper.save()

@@ -102,6 +102,19 @@ async def test_a_loss_is_told(
     assert graph.find("n") is None
 
 
+async def test_a_loss_with_the_data_they_speak_of_is_told(
+    store: Store, driver: MemoryDriver, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not the flush of all nodes at the end fails, but that before the bitmaps are stored."""
+    graph = Graph()
+    node = graph.add("n", driver, owned=True)
+    await node.keeper.load(read_only=False)
+    driver.fail("flush", errno.EIO, nth=2)
+    await graph.close()
+    assert "bitmaps of node 'n' are lost: Input/output error" in caplog.text
+    assert store.asked == ["load", "mark"]
+
+
 async def test_what_was_not_loaded_is_not_replaced(store: Store, driver: MemoryDriver) -> None:
     graph = Graph()
     node = graph.add("n", driver, owned=True)
