@@ -82,7 +82,8 @@ class TableCache:
             self._loading[key] = trio.Event()
             try:
                 words = await self._read(offset)
-                self._add(key, Table(offset, words))
+                if key not in self.tables:  # it has not moved meanwhile
+                    self._add(key, Table(offset, words))
             finally:
                 self._loading.pop(key).set()
         return table
