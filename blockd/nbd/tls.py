@@ -123,12 +123,17 @@ class TlsSocket:
     # -- as a socket ---------------------------------------------------------------------------
 
     def recv_into(self, view: memoryview) -> int:
-        """Fill the front of ``view`` with what is there, at least a byte; 0 at the end."""
+        """Fill the front of ``view`` with what is there, at least a byte; 0 at the end.
+
+        It fetches once at the most: what TLS says for itself, such as new keys, may never end.
+        """
         count = self._decrypt_into(view)
-        while not count and not self._ended:
+        if not count and not self._ended:
             # Cut off or ended in order: to NBD it makes no difference.
             self._ended = not self._fetch()
             count = self._decrypt_into(view)
+            if not count and not self._ended:
+                raise BlockingIOError
         return count
 
     def _decrypt_into(self, view: memoryview) -> int:

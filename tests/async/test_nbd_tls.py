@@ -8,7 +8,9 @@ import random
 import socket
 import ssl
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -17,6 +19,7 @@ from blockd import limits
 from blockd.nbd import Certificate, Settings, Tls
 from blockd.nbd.activity import Activity
 from blockd.nbd.channel import Channel
+from blockd.nbd.tls import TlsSocket
 from blockd.nbd.wire import Cmd, Option
 from blockd.objects import Endpoint
 from blockd.objects.tls import TlsX509
@@ -210,3 +213,33 @@ async def test_a_burst_of_requests_is_received_at_once(
     await client.aclose()
     assert await channel.receive_into(view) == 0
     channel.close()
+
+
+class Drip(socket.socket):
+    """Gives no more than a byte at a time, once ``drips``."""
+
+    drips = False
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        return super().recv_into(buffer[:1] if self.drips else buffer, nbytes, flags)
+
+
+async def test_a_record_that_never_ends_keeps_nobody_waiting(
+    ours: ssl.SSLContext, theirs: ssl.SSLContext
+) -> None:
+    """It is up to the caller to come back for more of it, however fast that comes."""
+    here, there = socket.socketpair()
+    drip = Drip(fileno=here.detach())
+    drip.setblocking(False)
+    there.setblocking(False)
+    async with trio.open_nursery() as nursery:
+        start = TlsSocket.start
+        nursery.start_soon(partial(start, there, theirs, server=False, hostname="localhost"))
+        secure = await start(drip, ours, server=True)
+    drip.drips = True
+    there.send(b"\x17\x03\x03\x40\x00" + bytes(16384))
+    with pytest.raises(BlockingIOError):
+        secure.recv_into(memoryview(bytearray(100)))
+    assert len(drip.recv(100_000, socket.MSG_PEEK)) > 16_000
+    secure.close()
+    there.close()
