@@ -11,6 +11,7 @@ import errno
 import time
 from collections.abc import Sequence
 from enum import Enum, auto
+from typing import Final
 
 import trio
 
@@ -51,6 +52,8 @@ class _Stop(Enum):
 # Looked up once, for the hot loop: to find an enum's member takes a tenth of a request's time.
 _NEED_DATA, _NEED_ROOM, _END_OF_TURN, _SLOW_REQUEST = _Stop
 _BURST = range(limits.NBD_BURST_REQUESTS)
+
+_BAD_FILTER: Final = "CMD_BLOCK_STATUS payload not valid"
 
 
 class Connection:
@@ -231,8 +234,10 @@ class Connection:
             payload = request.length
         try:
             if payload and request.type == Cmd.BLOCK_STATUS:
-                if payload <= limits.NBD_GATHER_BYTES:
-                    start, end = await self._fill(payload, start, end)
+                if payload > limits.NBD_GATHER_BYTES:
+                    # It names more contexts than there are.
+                    raise RequestError(errno.EINVAL, _BAD_FILTER)
+                start, end = await self._fill(payload, start, end)
                 request, contexts = self._filter(request, self._in_view[start : start + payload])
                 start, payload = start + payload, 0
             self._export.check(request, self._headers, contexts)
@@ -257,7 +262,7 @@ class Connection:
                 # An int: the complement of an IntFlag lacks the bits that have no name.
                 flags = request.flags & ~CmdFlag.PAYLOAD_LEN.value
                 return request._replace(flags=flags, length=length), contexts
-        raise RequestError(errno.EINVAL, "CMD_BLOCK_STATUS payload not valid")
+        raise RequestError(errno.EINVAL, _BAD_FILTER)
 
     async def _refuse(
         self, request: Request, refusal: RequestError, payload: int, start: int, end: int

@@ -13,9 +13,10 @@ from blockd.bitmap import DirtyBitmap
 from blockd.block import Allocation, Node
 from blockd.errors import BlockdError
 from blockd.extent import Extent
+from blockd.nbd.chunks import status_filter
 from blockd.nbd.contexts import RunList
-from blockd.nbd.wire import CmdFlag, Errno
-from tests.helpers.nbd_codec import NbdError
+from blockd.nbd.wire import Cmd, CmdFlag, Errno
+from tests.helpers.nbd_codec import Call, NbdError
 from tests.helpers.nbd_server import DISK_BYTES, Rig, in_thread, serving
 from tests.helpers.watched_driver import WatchedDriver
 
@@ -105,6 +106,30 @@ async def test_contexts_that_can_not_be_asked_for(
         with pytest.raises(NbdError, match="CMD_BLOCK_STATUS payload not valid") as raised:
             client.block_status(0, DISK_BYTES, contexts=contexts)
         assert raised.value.code == Errno.EINVAL
+        assert client.read(0, 4) == bytes(4)
+
+    await in_thread(converse)
+
+
+async def test_a_list_of_contexts_that_is_too_long_is_no_shorter_one(
+    rig: Rig, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though what fits into the buffer of it makes a good one."""
+    monkeypatch.setattr(limits, "NBD_GATHER_BYTES", 64)
+    monkeypatch.setattr(limits, "NBD_RECEIVE_BUFFER_BYTES", 364)
+    client = await rig.client("disk", BASE, DIRTY, extended=True)
+
+    def converse() -> None:
+        sent: list[bytes] = []
+        with monkeypatch.context() as patched:
+            patched.setattr(client, "send", sent.append)
+            for _ in range(10):
+                client.submit(Call(Cmd.READ, 0, 1))
+            contexts = status_filter(DISK_BYTES, [0] * 30)
+            cookie = client.submit(Call(Cmd.BLOCK_STATUS, 0, data=contexts))
+        client.send(b"".join(sent))
+        with pytest.raises(NbdError, match="CMD_BLOCK_STATUS payload not valid"):
+            client.wait(cookie)
         assert client.read(0, 4) == bytes(4)
 
     await in_thread(converse)
