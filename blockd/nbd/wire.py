@@ -228,6 +228,11 @@ def nbd_errno(errno: int | None) -> Errno:
     return _ERRNOS.get(errno or 0, Errno.EINVAL)
 
 
+def os_errno_of(error: int) -> int:
+    """This host's number for one of NBD's; EINVAL for what NBD does not have, as in QEMU."""
+    return error if error in _ERRNOS else Errno.EINVAL
+
+
 class Request(NamedTuple):
     """A request's header. ``flags`` and ``type`` are as sent: they may be unknown to us."""
 

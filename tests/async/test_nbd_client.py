@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -11,6 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from blockd import limits
 from blockd.nbd import wire
 from blockd.nbd.chunks import Runs, error_reply, status
 from blockd.nbd.client.connection import Connection
@@ -122,6 +125,53 @@ async def test_an_error_is_the_requests_own(*, simple: bool) -> None:
         await server.send(reply)
         await wait_all_tasks_blocked()
         assert connection.lost is None
+
+
+@pytest.mark.parametrize("number", [2, 4, 11, 104, 4242, (1 << 32) - 1])
+async def test_an_error_that_nbd_does_not_have_is_an_invalid_argument(number: int) -> None:
+    async with connected() as (connection, server), trio.open_nursery() as nursery:
+
+        async def read() -> None:
+            with pytest.raises(OSError, match="Invalid argument") as raised:
+                await connection.read(0, memoryview(bytearray(512)))
+            assert raised.value.errno == errno.EINVAL
+
+        nursery.start_soon(read)
+        request = await server.request()
+        await server.send(wire.SIMPLE_REPLY.pack(wire.SIMPLE_REPLY_MAGIC, number, request.cookie))
+
+
+async def test_a_server_that_always_has_more_to_say_lets_others_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Here one error after the other for the same request."""
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: next(ticks) * limits.NBD_SLICE_SECONDS / 4)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async def read() -> None:
+        with pytest.raises(OSError, match="Input/output"):
+            await connection.read(0, memoryview(bytearray(512)))
+
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    connection = Connection(Stream(ours), EXPORT)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        await wait_all_tasks_blocked()
+        error = chunk(1, ReplyType.ERROR, wire.ERROR_PAYLOAD.pack(Errno.EIO, 0), done=False)
+        theirs.sendall(error * 100 + chunk(1, ReplyType.NONE, b""))
+        theirs.close()
+        nursery.start_soon(other)
+        await connection.receive()
+        nursery.cancel_scope.cancel()
+    assert 10 <= turns <= 50
 
 
 def wrong_replies(request: wire.Request) -> dict[str, bytes]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from errno import EIO
@@ -88,6 +89,7 @@ class Connection:
         self._stream = stream
         self._pending: dict[int, _Pending] = {}
         self._cookie = 0
+        self._slice_ends = 0.0
         self._waste = memoryview(bytearray(limits.NBD_CLIENT_WASTE_BYTES))
 
     def close(self) -> None:
@@ -152,7 +154,8 @@ class Connection:
         if cookie in self._pending:
             raise Disconnected("the connection is lost")
         if pending.error:
-            raise OSError(pending.error, os.strerror(pending.error))
+            number = wire.os_errno_of(pending.error)
+            raise OSError(number, os.strerror(number))
 
     async def _let_end(self, pending: _Pending) -> None:
         """Wait for a change, which the server may make at any time until it has replied.
@@ -185,6 +188,7 @@ class Connection:
                 chunk = await self._receive_header()
                 await self._receive_payload(chunk)
                 self._end_chunk(chunk)
+                await self._end_turn_if_over()
         except (OSError, ProtocolError, struct.error, trio.ClosedResourceError) as error:
             self._lose(error)
         finally:
@@ -248,6 +252,14 @@ class Connection:
             chunk.received += count
             if not count:
                 await self._stream.wait_some()
+            else:
+                await self._end_turn_if_over()
+
+    async def _end_turn_if_over(self) -> None:
+        """Let others have theirs, even if the server always has more to say."""
+        if time.monotonic() > self._slice_ends:
+            await trio.lowlevel.checkpoint()
+            self._slice_ends = time.monotonic() + limits.NBD_SLICE_SECONDS
 
     def _end_chunk(self, chunk: _Chunk) -> None:
         pending = chunk.pending
