@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import ssl
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,14 @@ def test_the_readme_leads_to_clients_with_certificates(daemon: Daemon, tmp_path:
             command = [require_tool("nbdinfo"), "--list", uri + str(credentials)]
             done = subprocess.run(command, check=False, capture_output=True, timeout=60)
             assert (done.returncode == 0) == gets_in
+
+
+def test_the_readme_makes_certificates_that_make_no_others(tmp_path: Path) -> None:
+    make_certificates(tmp_path)
+    for name, authority in (("ca", True), ("server", False), ("client", False)):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_verify_locations(tmp_path / f"{name}-cert.pem")
+        assert context.cert_store_stats()["x509_ca"] == authority
 
 
 def make_certificates(directory: Path) -> None:
