@@ -90,6 +90,8 @@ def _psk_client_context(user: str, key: bytes) -> ssl.SSLContext | None:
     if sys.version_info < (3, 13) or not ssl.HAS_PSK:
         return None
     context = _anonymous_context(Endpoint.CLIENT)
+    # A server may do without the key, and show a certificate in its place: none is good.
+    context.verify_mode = ssl.CERT_REQUIRED
     context.set_ciphers(_PSK_CIPHERS)
     context.set_psk_client_callback(lambda _: (user, key))
     return context

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.certificates import Authority
 from tests.helpers.daemon import PATIENCE_SECONDS, Daemon
 from tests.helpers.nbd_process import qemu_nbd, serving
 from tests.helpers.qmp_client import QmpClient, QmpError
@@ -111,3 +112,18 @@ def test_a_server_that_wants_a_key(daemon: Daemon, tmp_path: Path, keys: Path) -
         with pytest.raises(QmpError) as refused:
             open_disk(qmp, tmp_path / "s", **{**psk, "dir": str(tmp_path / "wrong")})
         assert "TLS" in refused.value.description or "read" in refused.value.description
+
+
+def test_a_server_without_the_key_shows_a_certificate(
+    daemon: Daemon, tmp_path: Path, keys: Path
+) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    shown = Authority(tmp_path / "authority").issue(tmp_path / "shown", "server")
+    options = [f"tls-creds-x509,id=tls,endpoint=server,verify-peer=off,dir={shown}"]
+    command = qemu_nbd(image, "--object", *options, "--tls-creds", "tls")
+    with serving(command, tmp_path / "s"), QmpClient(daemon.qmp_path) as qmp:
+        with pytest.raises(QmpError) as refused:
+            open_disk(qmp, tmp_path / "s", **{"qom-type": "tls-creds-psk", "dir": str(keys)})
+        told = refused.value.description
+        assert (told == TOO_OLD) if not CAN_USE_KEYS else ("ertificate" in told)
