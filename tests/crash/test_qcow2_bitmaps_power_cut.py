@@ -148,3 +148,20 @@ async def test_bitmaps_survive_a_power_cut_or_are_inconsistent(
             image.write_bytes(left)
             assert qemu_img_check(image)["corruptions"] == 0, f"after step {cut}"
     assert seen == {"none", "good", "inconsistent"}
+
+
+async def test_the_next_open_frees_what_a_removed_bitmap_took(tmp_path: Path) -> None:
+    """Nothing else was changed in the image before the power failed."""
+    storage = MemoryDriver(0)
+    await create_image(Node("new", storage), OPTIONS)
+    life = Life(bytes(storage.data), random.Random(1))
+    node = await life.open()
+    await life.add(node, "first")
+    await life.write(node)
+    await life.close(node)
+    await life.remove(await life.open(), "first")
+    left = MemoryDriver(bytes(life.disk.data))
+    node = await opened(Node("file", left))
+    await node.close()
+    (tmp_path / "image").write_bytes(left.data)
+    assert qemu_img_check(tmp_path / "image") == {"corruptions": 0, "leaks": 0}

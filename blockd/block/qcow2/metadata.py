@@ -242,16 +242,16 @@ class Metadata:
         self._header_in_doubt = False
 
     async def change_header(self, change: Callable[[Header], Header]) -> None:
-        """Bring the header as ``change`` makes it to stable storage. Raises ``OSError``."""
+        """Bring the header as ``change`` makes it to stable storage. Raises ``OSError``.
+
+        What it does not refer to any more is in use until the next flush: the dirty bit says so.
+        """
         async with self._one:
-            await self.put_header(change(self.header))
+            await self.put_header(_in_use(change(self.header)))
 
     async def _mark_in_use(self) -> None:
-        dirty = self.header.incompatible | Incompatible.DIRTY
-        if self.header.version >= 3 and (
-            dirty != self.header.incompatible or self._header_in_doubt
-        ):
-            await self.put_header(replace(self.header, incompatible=dirty))
+        if _in_use(self.header) != self.header or self._header_in_doubt:
+            await self.put_header(_in_use(self.header))
 
     async def mark_corrupt(self) -> None:
         """Let nobody write to the image again before it is repaired. Raises ``OSError``."""
@@ -288,6 +288,13 @@ class Metadata:
             await self._file.shrink(end << self.header.cluster_bits)
             bits = self.header.incompatible & ~Incompatible.DIRTY
             await self.put_header(replace(self.header, incompatible=bits))
+
+
+def _in_use(header: Header) -> Header:
+    """The header of an image that is to be repaired by whoever opens it next, if it can say so."""
+    if header.version < 3:
+        return header
+    return replace(header, incompatible=header.incompatible | Incompatible.DIRTY)
 
 
 def _changed_parts(table: _TopTable) -> list[Change]:
