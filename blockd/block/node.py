@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -142,9 +143,10 @@ class Node:
         with self.accounts.write.of(len(view)):
             await self._enter_write(offset, len(view))
             try:
+                doubts = self.doubts if fua else 0
                 await self.driver.write(offset, view)
                 if fua:
-                    await self.driver.flush()
+                    await self._make_durable(doubts)
             finally:
                 self._gate.leave()
 
@@ -183,9 +185,10 @@ class Node:
         with self.accounts.write.of(length):
             await self._enter_write(offset, length)
             try:
+                doubts = self.doubts if fua else 0
                 await self.driver.write_zeroes(offset, length, unmap=unmap)
                 if fua:
-                    await self.driver.flush()
+                    await self._make_durable(doubts)
             finally:
                 self._gate.leave()
 
@@ -204,9 +207,10 @@ class Node:
         with self.accounts.unmap.of(length):
             await self._enter_write(offset, length, discard=True)
             try:
+                doubts = self.doubts if fua else 0
                 await self.driver.discard(offset, length)
                 if fua:
-                    await self.driver.flush()
+                    await self._make_durable(doubts)
             finally:
                 self._gate.leave()
 
@@ -217,6 +221,12 @@ class Node:
                 await self.flush()
             else:
                 await trio.lowlevel.checkpoint()
+
+    async def _make_durable(self, doubts: int) -> None:
+        """Flush what was written since there were so many ``doubts``; EIO where it may be lost."""
+        await self.driver.flush()
+        if self.doubts != doubts:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     async def flush(self) -> None:
         """Return once every write that had completed before is on stable storage."""

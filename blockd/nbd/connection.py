@@ -8,6 +8,7 @@ Replies may leave in another order than their requests came, as NBD allows.
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Sequence
 from enum import Enum, auto
@@ -282,6 +283,7 @@ class Connection:
         offset = request.offset
         left = request.length
         failure: OSError | None = None
+        doubts = self._export.node.doubts
         while left:
             count = min(left, limits.NBD_STREAM_BYTES - offset % limits.NBD_STREAM_BYTES)
             start, end = await self._fill(count, start, end)
@@ -291,15 +293,22 @@ class Connection:
             offset += count
             left -= count
         if failure is None and (request.flags & CmdFlag.FUA or self._export.writethrough):
-            try:
-                await self._export.node.flush()
-            except OSError as error:
-                failure = error
+            failure = await self._flush_since(doubts)
         if failure is not None:
             await self._running.send_failure(request, failure)
         else:
             await self._running.send_done(request)
         return start, end
+
+    async def _flush_since(self, doubts: int) -> OSError | None:
+        """Flush what was written since there were so many doubts."""
+        node = self._export.node
+        try:
+            await node.flush()
+        except OSError as error:
+            return error
+        lost = node.doubts != doubts
+        return OSError(errno.EIO, os.strerror(errno.EIO)) if lost else None
 
     async def _write_piece(self, offset: int, piece: memoryview) -> OSError | None:
         node, began = self._export.node, time.monotonic()
