@@ -274,9 +274,9 @@ class NbdOptions(NodeOptions, tag_field="driver", tag="nbd", kw_only=True):
     export: str = ""
     tls_creds: str | None = None
     tls_hostname: str | None = None
+    x_dirty_bitmap: str | None = None
     reconnect_delay: UInt32 = 0
     open_timeout: UInt32 = 0
-    x_dirty_bitmap: str | None = None
 
 
 #: The arguments of ``blockdev-add``: a variant for each driver.
