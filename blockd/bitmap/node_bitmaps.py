@@ -88,12 +88,17 @@ class NodeBitmaps:
         self.recording_changed()
         return bitmap
 
-    def check_new(self, name: str, granularity_bytes: int) -> None:
-        """Raise the ``BlockdError`` with which ``add`` would refuse these."""
+    @staticmethod
+    def check_form(name: str, granularity_bytes: int) -> None:
+        """What ``check_new`` checks first, before whoever is to keep the bitmap is asked."""
         _check_granularity_type(granularity_bytes)
         if not name:
             raise BlockdError("Bitmap name cannot be empty")
         check_granularity(granularity_bytes)
+
+    def check_new(self, name: str, granularity_bytes: int) -> None:
+        """Raise the ``BlockdError`` with which ``add`` would refuse these."""
+        self.check_form(name, granularity_bytes)
         if len(name.encode()) > limits.BITMAP_NAME_BYTES:
             raise BlockdError(f"Bitmap name too long: {name}")
         if name in self._bitmaps:

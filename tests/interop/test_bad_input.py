@@ -74,6 +74,12 @@ def _matches(pattern: str | None, refusal: Refusal) -> bool:
 
 DIFFERENCES = [
     Difference(
+        "block-dirty-bitmap-add",
+        r"Can't store persistent bitmaps to .*: start blockd with --state-dir",
+        r"Can't store persistent bitmaps to .*: Operation not supported",
+        "the peer knows no way out",
+    ),
+    Difference(
         "drive-backup",
         r"Failed to get \"write\" lock.*",
         r"Driver 'raw' of node '#block' does not support backing files|Job ID .*|Invalid job ID .*"

@@ -74,9 +74,10 @@ def do_add(services: Services, arguments: BlockDirtyBitmapAdd) -> Change:
     granularity_bytes = arguments.granularity
     if granularity_bytes is None:
         granularity_bytes = default_granularity_bytes(node.driver.cluster_size_bytes)
-    node.bitmaps.check_new(arguments.name, granularity_bytes)
+    node.bitmaps.check_form(arguments.name, granularity_bytes)
     if arguments.persistent:
         _check_persistent(services, node, arguments.name, granularity_bytes)
+    node.bitmaps.check_new(arguments.name, granularity_bytes)
     bitmap = node.bitmaps.add(arguments.name, granularity_bytes, disabled=arguments.disabled)
     bitmap.persistent = arguments.persistent
     if bitmap.persistent:

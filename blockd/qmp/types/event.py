@@ -108,7 +108,7 @@ class BlockImageCorrupted(Event, kw_only=True):
     event: ClassVar[str] = "BLOCK_IMAGE_CORRUPTED"
 
     device: str
-    node_name: str
+    node_name: str | None = None
     msg: str
     fatal: bool
 
