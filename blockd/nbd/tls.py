@@ -132,9 +132,21 @@ class TlsSocket:
             # Cut off or ended in order: to NBD it makes no difference.
             self._ended = not self._fetch()
             count = self._decrypt_into(view)
+            if self._out.pending:
+                self._answer()
             if not count and not self._ended:
                 raise BlockingIOError
         return count
+
+    def _answer(self) -> None:
+        """Send what TLS says for itself: to each wish for new keys, that there are some.
+
+        Who wishes for more and more, and takes no answer, must not fill the memory.
+        """
+        with suppress(BlockingIOError):
+            self._flush()
+        if self._out.pending > limits.NBD_TLS_SEND_BYTES:
+            raise ConnectionAbortedError("the other end takes no answer to its wishes for new keys")
 
     def _decrypt_into(self, view: memoryview) -> int:
         tls, incoming, count = self._tls, self._incoming, 0

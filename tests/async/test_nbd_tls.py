@@ -8,9 +8,10 @@ import random
 import socket
 import ssl
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -241,5 +242,46 @@ async def test_a_record_that_never_ends_keeps_nobody_waiting(
     with pytest.raises(BlockingIOError):
         secure.recv_into(memoryview(bytearray(100)))
     assert len(drip.recv(100_000, socket.MSG_PEEK)) > 16_000
+    secure.close()
+    there.close()
+
+
+class Wishes:
+    """TLS of which each piece that comes in wants an answer, and is no data."""
+
+    def __init__(self, incoming: ssl.MemoryBIO, out: ssl.MemoryBIO) -> None:
+        self._incoming, self._out = incoming, out
+
+    def pending(self) -> int:
+        return 0
+
+    def read(self, _count: int, _view: memoryview) -> int:
+        self._out.write(self._incoming.read())
+        raise ssl.SSLWantReadError
+
+    def unwrap(self) -> None: ...
+
+
+def test_wishes_for_new_keys_are_answered_and_fill_no_memory() -> None:
+    incoming, out = ssl.MemoryBIO(), ssl.MemoryBIO()
+    here, there = socket.socketpair()
+    here.setblocking(False)
+    wishes = cast(ssl.SSLObject, Wishes(incoming, out))
+    secure = TlsSocket(here, wishes, incoming, out)
+    view = memoryview(bytearray(100))
+    there.send(b"wish")
+    with pytest.raises(BlockingIOError):
+        secure.recv_into(view)
+    assert there.recv(100) == b"wish"
+
+    def wish_for_ever() -> None:
+        while True:
+            there.send(bytes(limits.NBD_TLS_RECEIVE_BYTES))
+            with suppress(BlockingIOError):
+                secure.recv_into(view)
+
+    with pytest.raises(ConnectionAbortedError):
+        wish_for_ever()
+    assert out.pending <= limits.NBD_TLS_SEND_BYTES + limits.NBD_TLS_RECEIVE_BYTES
     secure.close()
     there.close()
