@@ -147,7 +147,7 @@ def status(context: int, runs: Runs, *, extended: bool) -> bytes:
 
 
 def _as_array(typecode: str, numbers: Sequence[int]) -> array[int]:
-    """A copy takes some ms for the longest block status."""
+    """A conversion would take some ms for the longest block status."""
     if isinstance(numbers, array) and numbers.typecode == typecode:
         return numbers
     return array(typecode, numbers)

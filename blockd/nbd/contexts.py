@@ -29,12 +29,17 @@ Pause = Callable[[], Awaitable[None]]
 
 
 class RunList:
-    """Consecutive runs, at most ``limit``; neighbours with the same flags become one."""
+    """Consecutive runs, at most ``limit``; neighbours with the same flags become one.
 
-    def __init__(self, limit: int) -> None:
+    ``extended``: their lengths may have more than 32 bits. The numbers have the size that they
+    are sent in: to convert the most that there may be would stop the loop for some ms.
+    """
+
+    def __init__(self, limit: int, *, extended: bool) -> None:
         self._limit = limit
-        self._lengths = array("Q")
-        self._flags = array("Q")
+        self._typecode = "Q" if extended else "I"
+        self._lengths = array(self._typecode)
+        self._flags = array(self._typecode)
         #: Something did not fit any more.
         self.full = False
 
@@ -57,13 +62,15 @@ class RunList:
         self.add(starts[0] - at, 0)
         self.add(stops[0] - starts[0], _DIRTY)
         count = min(len(starts) - 1, self._limit)
-        pairs = array("Q", bytes(16 * count))
-        pairs[::2] = array("Q", map(sub, starts[1 : count + 1], stops[:count]))
-        pairs[1::2] = array("Q", map(sub, stops[1 : count + 1], starts[1 : count + 1]))
+        code = self._typecode
+        flags = array(code, (0, _DIRTY)) * count
+        pairs = flags[:]
+        pairs[::2] = array(code, map(sub, starts[1 : count + 1], stops[:count]))
+        pairs[1::2] = array(code, map(sub, stops[1 : count + 1], starts[1 : count + 1]))
         room = self._limit - len(self._lengths)
         self.full = self.full or len(pairs) > room
         self._lengths += pairs[:room]
-        self._flags += (array("Q", (0, _DIRTY)) * count)[:room]
+        self._flags += flags[:room]
 
     @property
     def runs(self) -> Runs:
@@ -141,8 +148,10 @@ class Contexts:
             self._contexts[number] = _OfBitmap(pin)
             self.names[number] = DIRTY_BITMAP + name
 
-    async def runs(self, number: int, offset: int, length: int, *, one: bool, pause: Pause) -> Runs:
+    async def runs(
+        self, number: int, offset: int, length: int, *, one: bool, extended: bool, pause: Pause
+    ) -> Runs:
         """What a context says of the range; ``one``: in a single run. Raises ``OSError``."""
-        runs = RunList(1 if one else limits.NBD_STATUS_RUNS)
+        runs = RunList(1 if one else limits.NBD_STATUS_RUNS, extended=extended)
         await self._contexts[number].collect(runs, offset, length, pause)
         return runs.runs

@@ -155,9 +155,12 @@ class Running:
         _, _, _, offset, length = request
         one = bool(request.flags & CmdFlag.REQ_ONE)
         pause = self._channel.end_turn_if_over
-        runs = await self._export.contexts.runs(number, offset, length, one=one, pause=pause)
+        extended = self._extended
+        runs = await self._export.contexts.runs(
+            number, offset, length, one=one, extended=extended, pause=pause
+        )
         await pause()
-        return chunks.status(number, runs, extended=self._extended)
+        return chunks.status(number, runs, extended=extended)
 
     # -- replies -----------------------------------------------------------------------------
 

@@ -276,9 +276,9 @@ async def test_a_bitmap_of_scattered_writes(rig: Rig, granules: int) -> None:
     ids=str,
 )
 def test_dirty_runs_in_bulk_are_those_one_by_one(
-    starts: list[int], stops: list[int], limit: int
+    starts: list[int], stops: list[int], limit: int, *, extended: bool
 ) -> None:
-    bulk, single = RunList(limit), RunList(limit)
+    bulk, single = (RunList(limit, extended=extended) for _ in range(2))
     bulk.add_dirty(0, starts, stops)
     at = 0
     for start, stop in zip(starts, stops, strict=True):
