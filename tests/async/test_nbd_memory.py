@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from blockd import limits
+from blockd.block import FileDriver
+from blockd.errors import WouldBlock
 from blockd.nbd import memory
 from blockd.nbd.memory import Burst
 from blockd.nbd.wire import Cmd
@@ -133,3 +138,46 @@ async def test_a_client_that_never_reads_is_dropped_at_last(
         nursery.cancel_scope.cancel()
     (told,) = (each for each in caplog.records if each.levelno >= logging.WARNING)
     assert told.getMessage() == "NBD: a client was dropped: 'it takes none of its replies'"
+
+
+class HeldFile(FileDriver):
+    """A file whose writes go to a thread, and wait there."""
+
+    def __init__(self, path: Path) -> None:
+        path.write_bytes(bytes(DISK_BYTES))
+        descriptor = os.open(path, os.O_RDWR)
+        super().__init__(descriptor, filename=str(path), read_only=False, unmap=True, flushes=False)
+        self.begun, self.let_go = threading.Event(), threading.Event()
+
+    def write_nowait(self, offset: int, view: memoryview) -> None:
+        raise WouldBlock
+
+    def _write(self, offset: int, view: memoryview) -> None:
+        self.begun.set()
+        self.let_go.wait()
+        super()._write(offset, view)
+
+
+async def test_what_a_dropped_client_has_begun_to_write_ends_before_its_export(
+    tmp_path: Path, mock_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or the write would strike an image that others have by then."""
+    driver, data = HeldFile(tmp_path / "disk"), os.urandom(100 * KIB)
+    async with serving(tmp_path) as rig, trio.open_nursery() as nursery:
+        rig.export(rig.graph.add("disk", driver, owned=True))
+        client = await rig.raw()
+        await client.send(request_bytes(Call(Cmd.WRITE, 0, data=data), 1))
+        await trio.to_thread.run_sync(driver.begun.wait)
+        await client.send(request_bytes(Call(Cmd.READ, 0, 64 * KIB), 2) * 500)
+        await wait_all_tasks_blocked()
+        mock_clock.jump(limits.NBD_UNREAD_SECONDS + 1)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(partial(rig.server.remove, "id-disk", hard=True))
+        await wait_all_tasks_blocked()
+        gone_early = rig.deleted()
+        driver.let_go.set()
+        await rig.wait_until_alone()
+        assert (tmp_path / "disk").read_bytes() == data + bytes(DISK_BYTES - len(data))
+    assert (gone_early, rig.deleted()) == ([], ["id-disk"])
+    assert rig.server._memory._bytes == 0
+    assert "it takes none of its replies" in caplog.text
