@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Self
@@ -168,6 +169,7 @@ class TlsX509(TlsCredentials):
         if server or os.path.exists(f"{where}/client-cert.pem"):
             certificate = _credential(directory, f"{endpoint.value}-cert.pem")
             key = _credential(directory, f"{endpoint.value}-key.pem")
+            _refuse_authority(certificate, endpoint)
             _load_pair(context, certificate, key, password)
         return cls(endpoint, context)
 
@@ -220,6 +222,19 @@ def _load_revocations(context: ssl.SSLContext, path: str) -> None:
     except OSError as error:
         raise BlockdError(f"Cannot load CRL '{path}': {_reason(error)}") from error
     context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+
+
+def _refuse_authority(certificate: str, endpoint: Endpoint) -> None:
+    """A machine whose own certificate makes others could let anybody in, in any name."""
+    looked_at = _context(endpoint)
+    with suppress(OSError):  # what is no certificate is refused when it is loaded
+        looked_at.load_verify_locations(certificate)
+    # In a file of several, the authorities that made the first may follow.
+    if looked_at.cert_store_stats()["x509_ca"] == looked_at.cert_store_stats()["x509"] > 0:
+        raise BlockdError(
+            f"The certificate {certificate} basic constraints show a CA,"
+            f" but we need one for a {endpoint.value}"
+        )
 
 
 def _load_pair(

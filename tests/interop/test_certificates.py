@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers.certificates import Authority
 from tests.helpers.daemon import Daemon
+from tests.helpers.peer import Peer
 from tests.helpers.qmp_client import QmpClient, QmpError
 
 
@@ -54,6 +55,25 @@ def test_certificates_are_loaded_or_refused(daemon: Daemon, credentials: Path) -
     assert "PEM pass phrase" not in daemon.log()
     assert "hunter2" not in daemon.log()
     assert "swordfish" not in daemon.log()
+
+
+def test_a_certificate_that_makes_others_is_the_ends_of_no_connection(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path / "authority")
+    for end in ("server", "client"):
+        directory = authority.issue(tmp_path / end, end)
+        for name in ("cert", "key"):
+            shutil.copy(tmp_path / f"authority/ca-{name}.pem", directory / f"{end}-{name}.pem")
+        told = (
+            f"The certificate DIR/{end}-cert.pem basic constraints show a CA,"
+            f" but we need one for a {end}"
+        )
+        peer = Peer(tmp_path)
+        with QmpClient(daemon.qmp_path) as ours, QmpClient(peer.start()) as theirs:
+            for qmp in (ours, theirs):
+                assert refusal(qmp, directory, end=end) == told
+        peer.kill()
 
 
 def damage(qmp: QmpClient, credentials: Path) -> None:
