@@ -195,6 +195,16 @@ class Driver(ABC):
     def take_over(self, before: Driver) -> None:  # noqa: B027 - most have nothing to take over
         """Go on where ``before``, over the same storage, ends; called as it is replaced."""
 
+    def keep_writers_out(self, *, beside_writer: bool = False) -> None:
+        """Let nobody else write to the storage, for it can't be read while others change it.
+
+        ``beside_writer``: another driver of ours over it does, and is about to be closed. Raises
+        ``BlockdError`` where somebody else does. May block for a moment.
+        """
+        for role, child in self.children.items():
+            if role is not Role.BACKING:
+                child.driver.keep_writers_out(beside_writer=beside_writer)
+
     async def suspend(self) -> None:  # noqa: B027 - most are always in order
         """Leave the storage in order, as for ``close``; nothing is written until ``resume``.
 

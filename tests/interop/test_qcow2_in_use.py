@@ -109,6 +109,38 @@ def test_nobody_relies_on_a_bitmap_in_an_image_that_is_being_written_to(
     assert flags(image) == ["auto"]
 
 
+def test_an_image_is_not_read_while_another_node_writes_to_it(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    """Its tables would not be those that were read, and the writer could not let it grow."""
+    image, overlay = tmp_path / "image", tmp_path / "overlay"
+    qemu_img("create", "-q", "-f", "qcow2", image, str(MIB))
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "image", "-F", "qcow2", overlay)
+
+    def options(name: str, path: Path, *, read_only: bool) -> dict[str, object]:
+        return {
+            "driver": "qcow2",
+            "node-name": name,
+            "read-only": read_only,
+            "file": protocol(path),
+        }
+
+    with QmpClient(daemon.qmp_path) as client:
+        client.execute("blockdev-add", options("disk", image, read_only=False))
+        refusal = 'Could not open backing file: Failed to get shared "write" lock'
+        with pytest.raises(QmpError, match=refusal):
+            client.execute("blockdev-add", options("overlay", overlay, read_only=False))
+        reopened = options("disk", image, read_only=True)
+        client.execute("blockdev-reopen", {"options": [reopened]})
+        client.execute("blockdev-add", options("overlay", overlay, read_only=False))
+        with pytest.raises(QmpError, match='Failed to get "write" lock'):
+            client.execute("blockdev-add", options("second", image, read_only=False))
+        client.execute("blockdev-del", {"node-name": "overlay"})
+        reopened["read-only"] = False
+        client.execute("blockdev-reopen", {"options": [reopened]})
+    assert daemon.terminate() == 0
+
+
 def flags(image: Path) -> list[str]:
     told = json.loads(qemu_img("info", "-U", "--output=json", image))
     (bitmap,) = told["format-specific"]["data"]["bitmaps"]

@@ -11,7 +11,8 @@ import os
 import resource
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,7 +24,13 @@ from blockd.block.allocation import Allocation
 from blockd.block.descriptor import Descriptor, WriteBy
 from blockd.block.driver import Driver
 from blockd.block.drivers import blocking
-from blockd.block.drivers.locking import rely_on_size, resizing, share_writing
+from blockd.block.drivers.locking import (
+    end_writing,
+    keep_writers_out,
+    let_writers_in,
+    rely_on_size,
+    resizing,
+)
 from blockd.block.drivers.mounts import is_local
 from blockd.errors import BlockdError, WouldBlock
 
@@ -74,6 +81,7 @@ class FileDriver(Driver):
         self.flushes = flushes
         self.discards = Counts()
         self._flush_error: OSError | None = None
+        self._keeps_writers_out = False
         #: Of punching and not, what the storage could not do to a range to make it zero.
         self._slow_zeroes: set[bool] = set()
         # A limiter of its own: a slow disk's threads never starve another disk.
@@ -100,6 +108,26 @@ class FileDriver(Driver):
         rely_on_size(self._fd, self.filename)
         self.discards = before.discards
         self._flush_error = before._flush_error  # noqa: SLF001 - one class
+        if before._keeps_writers_out:  # noqa: SLF001 - one class
+            self.keep_writers_out(beside_writer=True)
+
+    def keep_writers_out(self, *, beside_writer: bool = False) -> None:
+        # Whoever writes keeps them out anyway.
+        if self.read_only:
+            keep_writers_out(self._fd, self.filename, beside_writer=beside_writer)
+        self._keeps_writers_out = True
+
+    @contextmanager
+    def letting_writer_in(self) -> Iterator[None]:
+        """In the body one more descriptor of ours may begin to write. Blocks."""
+        if not self._keeps_writers_out:
+            yield
+            return
+        let_writers_in(self._fd)
+        try:
+            yield
+        finally:
+            keep_writers_out(self._fd, self.filename, beside_writer=True)
 
     @property
     def path(self) -> str | None:
@@ -288,8 +316,13 @@ class FileDriver(Driver):
         self.size_bytes = await self._in_thread(call)
 
     async def make_read_only(self) -> None:
-        await self._in_thread(lambda: share_writing(self._fd))
+        await self._in_thread(self._end_writing)
         self.read_only = True
+
+    def _end_writing(self) -> None:
+        end_writing(self._fd)
+        if not self._keeps_writers_out:
+            let_writers_in(self._fd)
 
     async def allocated_bytes(self) -> int:
         return await self._in_thread(lambda: os.fstat(self._fd).st_blocks * SECTOR_BYTES)

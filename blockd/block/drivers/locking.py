@@ -60,11 +60,29 @@ def rely_on_size(fd: int, filename: str) -> None:
         _lock(fd, _DENIED_AT + _RESIZE)
 
 
-def share_writing(fd: int) -> None:
-    """Hold ``fd``'s image, which was held for writing, as one that is only read."""
+def keep_writers_out(fd: int, filename: str, *, beside_writer: bool = False) -> None:
+    """Let nobody else write to ``fd``'s image, which is held for reading.
+
+    ``beside_writer``: another descriptor of ours does, and is about to be closed. Raises
+    ``BlockdError`` where somebody else does.
+    """
+    with _lockable(filename):
+        _lock(fd, _DENIED_AT + _WRITE)
+        if not beside_writer and _locked(fd, _USED_AT + _WRITE):
+            let_writers_in(fd)
+            raise _conflict(filename, f'shared "{_NAMES[_WRITE]}" lock')
+
+
+def let_writers_in(fd: int) -> None:
+    """End what ``keep_writers_out`` began."""
     with suppress(OSError):
-        for byte in (_USED_AT + _WRITE, _DENIED_AT + _WRITE):
-            _lock(fd, byte, fcntl.F_UNLCK)
+        _lock(fd, _DENIED_AT + _WRITE, fcntl.F_UNLCK)
+
+
+def end_writing(fd: int) -> None:
+    """Hold ``fd``'s image, which was held for writing, for reading; other writers stay out."""
+    with suppress(OSError):
+        _lock(fd, _USED_AT + _WRITE, fcntl.F_UNLCK)
 
 
 @contextmanager

@@ -65,7 +65,8 @@ def reopen_file(
     )
     with _closing_on_error(fd, f"Could not open '{filename}'"):
         os.set_blocking(fd, True)
-        lock_image(fd, filename, read_only=read_only, beside_writer=not driver.read_only)
+        with driver.letting_writer_in():
+            lock_image(fd, filename, read_only=read_only, beside_writer=not driver.read_only)
         kind = DirectFileDriver if direct else FileDriver
         reopened = kind(fd, filename=filename, read_only=read_only, unmap=unmap, flushes=flushes)
     # It may have grown meanwhile, but its users go by this.

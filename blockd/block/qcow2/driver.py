@@ -284,6 +284,7 @@ class Qcow2Driver(Driver):
     async def make_read_only(self) -> None:
         await self.suspend()
         self.read_only = True
+        self.keep_writers_out(beside_writer=True)
 
     def reopened(self, *, read_only: bool, direct: bool, flushes: bool, unmap: bool) -> Qcow2Driver:
         """Another one over the same image, which is to take over."""
@@ -302,6 +303,8 @@ class Qcow2Driver(Driver):
             self._image, self._damaged, self._broken = before.given_over
             self.bitmap_store = before.bitmap_store
             self.bitmap_store.room = self._room()
+        if self.read_only:
+            self.keep_writers_out(beside_writer=True)
 
     async def close(self) -> None:
         try:

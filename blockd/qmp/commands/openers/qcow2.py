@@ -43,7 +43,12 @@ async def open_qcow2(opening: Opening, options: Qcow2Options) -> Driver:
     # Before the image is repaired, which another node may be writing to.
     with opening.graph.taken(file, Claim(opening.user, Role.FILE, access)):
         image = await _open_image(opening, options, file, read_only=read_only)
-        return Qcow2Driver(image, direct=common.direct, flushes=common.flushes, unmap=common.unmap)
+        driver = Qcow2Driver(
+            image, direct=common.direct, flushes=common.flushes, unmap=common.unmap
+        )
+        if read_only:
+            await trio.to_thread.run_sync(driver.keep_writers_out)
+        return driver
 
 
 async def _open_image(
@@ -81,14 +86,12 @@ async def _open_backing(
     opening: Opening, options: Qcow2Options, header: Header, filename: str
 ) -> Node | None:
     """The node that the options name, or else the one that the image does."""
-    if options.backing is not UNSET:
-        return (
-            None if options.backing is None else await opening.child(Role.BACKING, options.backing)
-        )
-    chain = await trio.to_thread.run_sync(find_backing, filename, header)
-    reference: BlockdevOptions | None = None
-    for backing in reversed(chain):
-        reference = _backing_options(backing, reference)
+    reference = options.backing
+    if reference is UNSET:
+        chain = await trio.to_thread.run_sync(find_backing, filename, header)
+        reference = None
+        for backing in reversed(chain):
+            reference = _backing_options(backing, reference)
     if reference is None:
         return None
     try:
