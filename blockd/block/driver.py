@@ -182,6 +182,14 @@ class Driver(ABC):
         """
         raise BlockdError("Image format driver does not support resize")
 
+    def hold_to_resize(self) -> None:
+        """Stand below an image, which changes the size whenever it needs to.
+
+        Raises ``BlockdError`` where a user of the storage that no node knows of relies on it.
+        """
+        if Role.FILE in self.children:
+            self.children[Role.FILE].driver.hold_to_resize()
+
     @contextmanager
     def hurried(self) -> Iterator[None]:
         """Somebody waits until nothing is under way: what holds a request back only to slow it

@@ -145,3 +145,31 @@ def flags(image: Path) -> list[str]:
     told = json.loads(qemu_img("info", "-U", "--output=json", image))
     (bitmap,) = told["format-specific"]["data"]["bitmaps"]
     return list(bitmap["flags"])
+
+
+def test_nobody_relies_on_the_size_of_an_image_that_grows(daemon: Daemon, tmp_path: Path) -> None:
+    """Or else the guest's writes would find no room as soon as somebody looks at the file."""
+    path = tmp_path / "image"
+    qemu_img("create", "-q", "-f", "qcow2", path, str(4 * MIB))
+    refused = 'Failed to get shared "resize" lock'
+    with QmpClient(daemon.qmp_path) as client:
+        add_image(client, "image", path)
+        for driver in ("qcow2", "raw"):
+            second = {"driver": driver, "node-name": "second", "read-only": True}
+            with pytest.raises(QmpError, match=refused):
+                client.execute("blockdev-add", {**second, "file": protocol(path)})
+
+
+def test_an_image_that_others_stand_on_is_not_opened_for_writing(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    base, top = tmp_path / "base", tmp_path / "top"
+    qemu_img("create", "-q", "-f", "qcow2", base, str(MIB))
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
+    with QmpClient(daemon.qmp_path) as client:
+        disk = {"driver": "qcow2", "node-name": "disk", "file": protocol(top)}
+        client.execute("blockdev-add", disk)
+        second = {"driver": "qcow2", "node-name": "second", "file": protocol(base)}
+        with pytest.raises(QmpError, match='Failed to get "resize" lock'):
+            client.execute("blockdev-add", second)
+        client.execute("blockdev-add", {**second, "read-only": True})

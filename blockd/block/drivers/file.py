@@ -26,6 +26,7 @@ from blockd.block.driver import Driver
 from blockd.block.drivers import blocking
 from blockd.block.drivers.locking import (
     end_writing,
+    hold_to_resize,
     keep_writers_out,
     let_writers_in,
     rely_on_size,
@@ -77,6 +78,7 @@ class FileDriver(Driver):
         self.is_device = not stat.S_ISREG(mode)
         self.size_bytes = _size_bytes(fd)
         self._fd = fd
+        self._held_to_resize = False
         self.ignores_discards = not unmap
         self.flushes = flushes
         self.discards = Counts()
@@ -105,7 +107,9 @@ class FileDriver(Driver):
         assert isinstance(before, FileDriver)
         # It may have grown since this one was opened.
         self.size_bytes = before.size_bytes
-        rely_on_size(self._fd, self.filename)
+        rely_on_size(self._fd, self.filename, instead_of=before.fd)
+        if before._held_to_resize and not self.read_only:  # noqa: SLF001 - one class
+            self.hold_to_resize()
         self.discards = before.discards
         self._flush_error = before._flush_error  # noqa: SLF001 - one class
         if before._keeps_writers_out:  # noqa: SLF001 - one class
@@ -128,6 +132,19 @@ class FileDriver(Driver):
             yield
         finally:
             keep_writers_out(self._fd, self.filename, beside_writer=True)
+
+    def hold_to_resize(self) -> None:
+        if not (self.is_device or self._held_to_resize):
+            hold_to_resize(self._fd, self.filename)
+            self._held_to_resize = True
+
+    @contextmanager
+    def _resizing(self) -> Iterator[None]:
+        if self._held_to_resize:
+            yield
+            return
+        with resizing(self._fd, self.filename):
+            yield
 
     @property
     def path(self) -> str | None:
@@ -296,7 +313,7 @@ class FileDriver(Driver):
         """Drop all content: what is left is ``size_bytes`` of zeroes. Raises ``OSError``."""
 
         def call() -> None:
-            with resizing(self._fd, self.filename):
+            with self._resizing():
                 os.ftruncate(self._fd, 0)
                 os.ftruncate(self._fd, self.size_bytes)
 
@@ -307,7 +324,7 @@ class FileDriver(Driver):
 
         def call() -> int:
             if not self.is_device:
-                with resizing(self._fd, self.filename):
+                with self._resizing():
                     os.ftruncate(self._fd, size_bytes)
             elif size_bytes > _size_bytes(self._fd):
                 raise BlockdError("Cannot grow device files")
@@ -317,7 +334,7 @@ class FileDriver(Driver):
 
     async def make_read_only(self) -> None:
         await self._in_thread(self._end_writing)
-        self.read_only = True
+        self.read_only, self._held_to_resize = True, False
 
     def _end_writing(self) -> None:
         end_writing(self._fd)

@@ -54,10 +54,23 @@ def lock_image(fd: int, filename: str, *, read_only: bool, beside_writer: bool =
                 raise _conflict(filename, f'shared "{_NAMES[bit]}" lock')
 
 
-def rely_on_size(fd: int, filename: str) -> None:
-    """Let nobody else resize the image."""
+def rely_on_size(fd: int, filename: str, *, instead_of: int) -> None:
+    """Let nobody else resize the image; another descriptor of ours does so no longer."""
     with _lockable(filename):
         _lock(fd, _DENIED_AT + _RESIZE)
+        _lock(instead_of, _DENIED_AT + _RESIZE, fcntl.F_UNLCK)
+
+
+def hold_to_resize(fd: int, filename: str) -> None:
+    """From now on ``fd`` may change the size at any time: nobody else may rely on it.
+
+    Raises ``BlockdError`` where somebody does.
+    """
+    with _lockable(filename):
+        _lock(fd, _USED_AT + _RESIZE)
+        if _locked(fd, _DENIED_AT + _RESIZE):
+            _lock(fd, _USED_AT + _RESIZE, fcntl.F_UNLCK)
+            raise _conflict(filename, '"resize" lock')
 
 
 def keep_writers_out(fd: int, filename: str, *, beside_writer: bool = False) -> None:
@@ -82,7 +95,8 @@ def let_writers_in(fd: int) -> None:
 def end_writing(fd: int) -> None:
     """Hold ``fd``'s image, which was held for writing, for reading; other writers stay out."""
     with suppress(OSError):
-        _lock(fd, _USED_AT + _WRITE, fcntl.F_UNLCK)
+        for byte in (_USED_AT + _WRITE, _USED_AT + _RESIZE):
+            _lock(fd, byte, fcntl.F_UNLCK)
 
 
 @contextmanager
@@ -92,11 +106,8 @@ def resizing(fd: int, filename: str) -> Iterator[None]:
     Raises ``BlockdError`` where somebody relies on the size; every node does, also one that only
     reads.
     """
+    hold_to_resize(fd, filename)
     try:
-        with _lockable(filename):
-            _lock(fd, _USED_AT + _RESIZE)
-            if _locked(fd, _DENIED_AT + _RESIZE):
-                raise _conflict(filename, '"resize" lock')
         yield
     finally:
         with _lockable(filename):

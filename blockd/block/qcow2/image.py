@@ -77,6 +77,7 @@ async def open_image(
     host = HostFile(file)
     data = host if data_file is None else HostFile(data_file, growth_bytes=1)
     if not read_only:
+        file.driver.hold_to_resize()
         header = await _prepare(host, header)
     l1 = decode_words(await host.read_bytes(header.l1_table_offset, header.l1_size * 8))
     table_bytes = header.refcount_table_clusters << header.cluster_bits
