@@ -150,8 +150,10 @@ NBD_STATUS_STEPS = 4096
 #: request of any size may always run).
 NBD_REQUESTS_IN_FLIGHT = 64
 NBD_BYTES_IN_FLIGHT = 64 * MIB
-#: The same of all connections together, but that each may have a small one.
+#: The same of all connections together, but that each may have one as large as the largest of
+#: Linux guests (1280 KiB) and of qemu-img (2 MiB): they must not depend on others.
 NBD_SERVER_BYTES_IN_FLIGHT = 512 * MIB
+NBD_PRESSING_BYTES = 2 * MIB
 #: A client that takes nothing of its replies for so long is dropped. Guests that are paused take
 #: theirs; only a stopped or dead process does not.
 NBD_UNREAD_SECONDS = 120

@@ -42,7 +42,7 @@ class Memory:
         ``first``: the connection has no other; a small one passes at once, so that those who take
         their replies go on where others hold all the memory by not taking theirs.
         """
-        pressing = first and count <= limits.NBD_READ_PIECE_BYTES
+        pressing = first and count <= limits.NBD_PRESSING_BYTES
         if not pressing and (self._turn.locked() or not self._has_room(count)):
             async with self._turn:
                 while not self._has_room(count):

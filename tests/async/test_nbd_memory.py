@@ -24,6 +24,7 @@ from tests.helpers.nbd_server import DISK_BYTES, RawClient, Rig, serving
 from tests.helpers.watched_driver import WatchedDriver
 
 KIB = 1024
+MIB = 1024 * KIB
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ async def test_all_connections_together_are_bounded(
     rig: Rig, driver: WatchedDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "NBD_SERVER_BYTES_IN_FLIGHT", 100 * KIB)
-    monkeypatch.setattr(limits, "NBD_READ_PIECE_BYTES", 8 * KIB)
+    monkeypatch.setattr(limits, "NBD_PRESSING_BYTES", 8 * KIB)
     hold = driver.hold("read")
     first, second, small = await rig.raw(), await rig.raw(), await rig.raw()
     large = Call(Cmd.READ, 0, 40 * KIB)
@@ -94,11 +95,28 @@ async def test_all_connections_together_are_bounded(
     assert rig.server._memory._bytes == 0
 
 
+async def test_what_guests_ask_for_passes_those_who_have_all_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "NBD_SERVER_BYTES_IN_FLIGHT", 4 * MIB)
+    driver = WatchedDriver(4 * MIB)
+    async with serving(tmp_path) as rig:
+        rig.export(rig.node("disk", driver))
+        hold = driver.hold("read")
+        for length in (4 * MIB, 2 * MIB):
+            client = await rig.raw()
+            await client.send(request_bytes(Call(Cmd.READ, 0, length), 1))
+            await wait_all_tasks_blocked()
+        assert driver.counts["read"] == 2
+        hold.release()
+        await read_whole(client, 2 * MIB)
+
+
 async def test_a_client_that_goes_while_it_waits_for_room_leaves_none_behind(
     rig: Rig, driver: WatchedDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "NBD_SERVER_BYTES_IN_FLIGHT", 100 * KIB)
-    monkeypatch.setattr(limits, "NBD_READ_PIECE_BYTES", 8 * KIB)
+    monkeypatch.setattr(limits, "NBD_PRESSING_BYTES", 8 * KIB)
     driver.hold("read")
     first, second = await rig.raw(), await rig.raw()
     for client in (first, second):
