@@ -145,7 +145,8 @@ class TlsSocket:
         """
         with suppress(BlockingIOError):
             self._flush()
-        if self._out.pending > limits.NBD_TLS_SEND_BYTES:
+        # A piece that `send` has encrypted may wait there too.
+        if self._out.pending > 2 * limits.NBD_TLS_SEND_BYTES:
             raise ConnectionAbortedError("the other end takes no answer to its wishes for new keys")
 
     def _decrypt_into(self, view: memoryview) -> int:

@@ -259,6 +259,10 @@ class Wishes:
         self._out.write(self._incoming.read())
         raise ssl.SSLWantReadError
 
+    def write(self, view: memoryview) -> int:
+        self._out.write(bytes(view) + b"some more")
+        return len(view)
+
     def unwrap(self) -> None: ...
 
 
@@ -282,6 +286,32 @@ def test_wishes_for_new_keys_are_answered_and_fill_no_memory() -> None:
 
     with pytest.raises(ConnectionAbortedError):
         wish_for_ever()
-    assert out.pending <= limits.NBD_TLS_SEND_BYTES + limits.NBD_TLS_RECEIVE_BYTES
+    assert out.pending <= 2 * limits.NBD_TLS_SEND_BYTES + limits.NBD_TLS_RECEIVE_BYTES
+    secure.close()
+    there.close()
+
+
+def test_a_reply_behind_an_answer_that_waits_is_no_wish() -> None:
+    incoming, out = ssl.MemoryBIO(), ssl.MemoryBIO()
+    here, there = socket.socketpair()
+    here.setblocking(False)
+    secure = TlsSocket(here, cast(ssl.SSLObject, Wishes(incoming, out)), incoming, out)
+    full = 0
+    with suppress(BlockingIOError):
+        while True:
+            full += here.send(bytes(4 * KIB))
+    view, reply = memoryview(bytearray(100)), memoryview(b"r" * limits.NBD_TLS_SEND_BYTES)
+    there.send(b"wish")
+    with pytest.raises(BlockingIOError):
+        secure.recv_into(view)
+    with pytest.raises(BlockingIOError):
+        secure.send(reply)
+    there.send(b"wish")
+    with pytest.raises(BlockingIOError):
+        secure.recv_into(view)
+    there.recv(full, socket.MSG_WAITALL)
+    with suppress(BlockingIOError):
+        secure.send(reply)
+    assert there.recv(len(reply), socket.MSG_WAITALL).startswith(b"wishrrrr")
     secure.close()
     there.close()
