@@ -290,12 +290,7 @@ def _listen_inet(address: InetAddress) -> Sequence[socket.socket]:
     ports = range(first, max(first, address.to or first) + 1)
     for port in ports:
         try:
-            sockets = _listen_at_port(found, port)
-            if address.keep_alive:
-                for sock in sockets:
-                    # Those of the clients are made like it.
-                    keep_alive(sock)
-            return sockets
+            return _listen_at_port(found, port, keeps_alive=address.keep_alive)
         except OSError as error:
             if error.errno == errno.EADDRINUSE and port != ports[-1]:
                 continue
@@ -304,7 +299,9 @@ def _listen_inet(address: InetAddress) -> Sequence[socket.socket]:
     raise AssertionError("there is a last port")
 
 
-def _listen_at_port(found: Iterable[SocketAddress], port: int) -> Sequence[socket.socket]:
+def _listen_at_port(
+    found: Iterable[SocketAddress], port: int, *, keeps_alive: bool
+) -> Sequence[socket.socket]:
     sockets: list[socket.socket] = []
     unavailable: OSError | None = None
     try:
@@ -318,6 +315,9 @@ def _listen_at_port(found: Iterable[SocketAddress], port: int) -> Sequence[socke
                 unavailable = error
         if not sockets and unavailable is not None:
             raise unavailable
+        for sock in sockets if keeps_alive else ():
+            # Those of the clients are made like it.
+            keep_alive(sock)
     except OSError:
         for sock in sockets:
             sock.close()

@@ -14,7 +14,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from blockd import limits
+from blockd import limits, listener
 from blockd.errors import BlockdError
 from blockd.events import Bus
 from blockd.listener import Address, InetAddress, Listener, UnixAddress, listen
@@ -237,3 +237,18 @@ async def test_a_client_by_tcp() -> None:
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
             assert await stream.receive_some(8) == b"NBDMAGIC"
         await server.stop()
+
+
+def test_a_port_that_can_not_be_had_as_wanted_is_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[socket.socket] = []
+
+    def refuse(sock: socket.socket) -> None:
+        made.append(sock)
+        raise OSError(errno.ENOPROTOOPT, "Protocol not available")
+
+    monkeypatch.setattr(listener, "keep_alive", refuse)
+    with pytest.raises(BlockdError, match="Failed to bind socket: Protocol not available"):
+        listen(InetAddress("127.0.0.1", "0"))
+    assert [sock.fileno() for sock in made] == [-1]

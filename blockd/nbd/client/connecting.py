@@ -114,33 +114,30 @@ async def _connect_socket(address: RemoteAddress) -> socket.socket:
     failure = None
     for where in await _resolve(address):
         try:
-            sock = await _connect_at(where)
+            return await _connect_at(where, address)
         except OSError as error:
             failure = error
-        else:
-            if isinstance(address, InetAddress):
-                # Small requests are not kept back.
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if address.keep_alive:
-                    keep_alive(sock)
-            return sock
     assert failure is not None
     # trio puts words of its own before the system's.
     reason = os.strerror(failure.errno) if failure.errno else str(failure)
     raise BlockdError(f"Failed to connect to '{address}': {reason}") from failure
 
 
-async def _connect_at(where: SocketAddress) -> socket.socket:
+async def _connect_at(where: SocketAddress, address: RemoteAddress) -> socket.socket:
     family, protocol, sockaddr = where
-    sock = trio.socket.socket(family, socket.SOCK_STREAM, protocol)
+    sock = socket.socket(family, socket.SOCK_STREAM, protocol)
     try:
-        await sock.connect(sockaddr)
+        if isinstance(address, InetAddress):
+            # Small requests are not kept back.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if address.keep_alive:
+                keep_alive(sock)
+        sock.setblocking(False)
+        await trio.socket.from_stdlib_socket(sock).connect(sockaddr)
     except BaseException:
         sock.close()
         raise
-    plain = socket.socket(fileno=sock.detach())
-    plain.setblocking(False)
-    return plain
+    return sock
 
 
 async def _resolve(address: RemoteAddress) -> list[SocketAddress]:
