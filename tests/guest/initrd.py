@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import stat
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from tests.guest.kernel import Kernel
@@ -14,7 +15,7 @@ HERE = Path(__file__).parent
 
 PROGRAMS = ("busybox", "mke2fs", "e2fsck")
 SCENARIOS = ("write.sh", "verify.sh")
-MOUNT_POINTS = ("proc", "dev", "mnt", "tmp")
+MOUNT_POINTS = ("proc", "sys", "dev", "mnt", "tmp")
 CONSOLE = (5, 1)
 
 
@@ -64,7 +65,8 @@ class Archive:
             self._data += bytes(-len(self._data) % 4)
 
 
-def build_initrd(kernel: Kernel) -> bytes:
+def build_initrd(kernel: Kernel, files: Mapping[str, bytes]) -> bytes:
+    """``files``: what else is to be there, by path."""
     archive = Archive()
     for name in MOUNT_POINTS:
         archive.directory(name)
@@ -77,14 +79,20 @@ def build_initrd(kernel: Kernel) -> bytes:
     archive.file("init", (HERE / "init.sh").read_bytes())
     for scenario in SCENARIOS:
         archive.file(scenario, (HERE / scenario).read_bytes())
+    for path, data in files.items():
+        archive.file(path.removeprefix("/"), data)
     return archive.to_bytes()
 
 
 def _add_program(archive: Archive, path: str) -> None:
     """A program of this machine, and the libraries that it is linked with, if it is."""
     archive.file(f"bin/{Path(path).name}", Path(path).read_bytes())
-    linked = subprocess.run(
-        [require_tool("ldd"), path], capture_output=True, text=True, check=False
-    )
-    for library in re.findall(r"/\S+(?= \(0x)", linked.stdout):
+    for library in libraries_of(path):
         archive.file(library[1:], Path(library).read_bytes())
+
+
+def libraries_of(*paths: str) -> list[str]:
+    """What these programs and libraries are linked with, if they are."""
+    command = [require_tool("ldd"), *paths]
+    linked = subprocess.run(command, capture_output=True, text=True, check=False)
+    return list(dict.fromkeys(re.findall(r"/\S+(?= \(0x)", linked.stdout)))

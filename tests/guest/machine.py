@@ -8,7 +8,9 @@ import platform
 import select
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 from tests.guest.initrd import PROGRAMS, build_initrd
@@ -18,7 +20,7 @@ from tests.helpers.tools import lacking, require_tool
 QEMU = "qemu-system-x86_64"
 
 #: For one line of the console: only bounds a hang. An emulated guest boots in some seconds.
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 300
 
 #: A panic ends the machine, and with it the console. The last four save seconds of boot.
 COMMAND_LINE = (
@@ -36,15 +38,19 @@ class Parts(NamedTuple):
     initrd: Path
 
     @classmethod
-    def made_in(cls, directory: Path, cache: Path) -> Self:
-        """Build the initrd; the kernel is kept in ``cache``. Skips the test if that can't be."""
+    def made_in(
+        cls, directory: Path, cache: Path, files: Mapping[str, bytes] = MappingProxyType({})
+    ) -> Self:
+        """Build the initrd, with ``files`` by their paths; the kernel is kept in ``cache``. Skips
+        the test if that can't be.
+        """
         if platform.machine() != "x86_64":
             lacking("the guest is x86_64, and has programs of this machine, which is not")
         for program in (QEMU, *PROGRAMS):
             require_tool(program)
         kernel = find_kernel(cache)
         initrd = directory / "initrd"
-        initrd.write_bytes(build_initrd(kernel))
+        initrd.write_bytes(build_initrd(kernel, files))
         return cls(kernel.image, initrd)
 
 
@@ -57,18 +63,30 @@ def accelerator() -> str:
 class Guest:
     """A running guest, which ends with the ``with`` block at the latest.
 
-    ``disk`` are the options of its disk's block node, ``log`` gets what is on its console, and
-    the rest are variables of the scenario.
+    ``disk`` are the options of its disk's block node, ``log`` gets what is on its console,
+    ``clock`` is what its clock says at first, half of its memory is for its user land, and the
+    rest are variables of the scenario.
     """
 
     def __init__(
-        self, parts: Parts, disk: Options, scenario: str, log: Path, **variables: object
+        self,
+        parts: Parts,
+        disk: Options,
+        scenario: str,
+        log: Path,
+        *,
+        clock: str = "utc",
+        memory_mib: int = 256,
+        **variables: object,
     ) -> None:
         variables["SCENARIO"] = scenario
         self._log = log
         self._unread = b""
         self._process = subprocess.Popen(
-            _command(parts, disk, variables),
+            [
+                *_command(parts, disk, variables),
+                *("-rtc", f"base={clock}", "-m", str(memory_mib)),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -125,7 +143,7 @@ def _command(parts: Parts, disk: Options, variables: dict[str, object]) -> list[
     return [
         require_tool(QEMU),
         *("-no-user-config", "-nodefaults", "-no-reboot", "-display", "none"),
-        *("-machine", "q35", "-accel", accelerator(), "-cpu", "max", "-m", "256"),
+        *("-machine", "q35", "-accel", accelerator(), "-cpu", "max"),
         *("-kernel", str(parts.kernel), "-initrd", str(parts.initrd)),
         *("-append", f"{COMMAND_LINE} {appended}"),
         *("-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"),
