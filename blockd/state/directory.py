@@ -212,7 +212,7 @@ class StateDirectory:
         A file's number is soon given to another file, and devices' numbers change with a boot.
         """
         for image in self._images.values():
-            same = image.identity.same_storage(now.identity, same_boot=True)
+            same = image.identity.surely_same_storage(now.identity)
             if same and shape_of(image.key) == place.shape and judge_image(image, now) is None:
                 return image
         return None

@@ -12,8 +12,8 @@ from blockd.block import FileDriver, Node, RawDriver, Role
 from blockd.errors import BlockdError
 from blockd.state.records import Identity
 
-#: Where the kernel has a device's own name, the best first.
-_SERIALS = ("dm/uuid", "wwid", "device/wwid", "device/serial", "serial")
+#: Where the kernel has a device's own name, the best first. A loop device's is that of its file.
+_SERIALS = ("dm/uuid", "wwid", "device/wwid", "device/serial", "serial", "loop/backing_file")
 
 
 @dataclass(frozen=True, slots=True)

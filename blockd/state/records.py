@@ -41,6 +41,11 @@ class Identity(msgspec.Struct, frozen=True):
             return (self.serial, self.device < 0) == (other.serial, other.device < 0)
         return self.inode == other.inode and (self.device == other.device or not same_boot)
 
+    def surely_same_storage(self, other: Identity) -> bool:
+        """Whether it is so without a look at where it is: a device without a name may be any."""
+        known = self.device >= 0 or self.serial != ""
+        return known and self.same_storage(other, same_boot=True)
+
 
 class PieceRef(msgspec.Struct, frozen=True, array_like=True):
     """A stored piece: the window, its row, the sum within it, and how many granules it has."""
