@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import (
-    AbstractAsyncContextManager,
     AsyncExitStack,
+    asynccontextmanager,
     contextmanager,
-    nullcontext,
     suppress,
 )
 from functools import partial
@@ -316,14 +315,20 @@ class Graph:
                 if not node.read_only:
                     await _put_in_order(node)
             except BaseException:
-                await self._close(node, nullcontext())
-                raise
-            await self._close(node, self.archive.closing(node))
+                async with self._closing(node):
+                    raise
+            async with self._closing(node):
+                pass
 
-    async def _close(self, node: Node, closing: AbstractAsyncContextManager[None]) -> None:
+    @asynccontextmanager
+    async def _closing(self, node: Node) -> AsyncIterator[None]:
+        """Where the body raises, the archive hears that the image is not as it should be."""
         with trio.CancelScope(shield=True):
-            async with closing:
-                await node.close()
+            async with self.archive.closing(node):
+                try:
+                    yield
+                finally:
+                    await node.close()
 
     async def _remove_from_below(self, node: Node) -> None:
         children = self.standing.unlink_all(node)

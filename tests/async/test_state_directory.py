@@ -9,12 +9,23 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from blockd.block import Node
 from blockd.errors import BlockdError
 from blockd.state import StateDirectory, changes
 from blockd.state.commits import Pending
 from blockd.state.host import Boot
 from blockd.state.loading import unused_pieces
-from tests.helpers.state_rig import DATA, GRANULE, REGION, SIZE, Heard, daemon, dirty, make_image
+from tests.helpers.state_rig import (
+    DATA,
+    GRANULE,
+    REGION,
+    SIZE,
+    Daemon,
+    Heard,
+    daemon,
+    dirty,
+    make_image,
+)
 
 ALL = set(range(SIZE // GRANULE))
 
@@ -104,6 +115,27 @@ async def test_an_image_that_was_changed_while_closed(path: Path, image: Path) -
         node = await first.node()
         assert dirty(node) == set()
         assert len(first.heard.recovered) == 2
+
+
+async def close_badly(first: Daemon, node: Node) -> None:
+    async with first.state.closing(node):
+        await node.driver.close()
+        raise OSError("the flush failed")
+
+
+async def test_an_image_that_was_not_closed_well_is_kept_again(path: Path, image: Path) -> None:
+    async with daemon(path, image) as first:
+        node = await first.node()
+        await first.add(node)
+        with pytest.raises(OSError, match="flush"):
+            await close_badly(first, node)
+        node = await first.node()
+        assert dirty(node) == ALL
+        node.bitmaps.get("b").clear()
+        assert await first.state.keep(node)
+        await node.write(GRANULE, DATA)
+        async with daemon(first.after_kill(), image) as second:
+            assert dirty(await second.node()) == {1}
 
 
 async def test_an_image_that_was_renamed_is_found(path: Path, image: Path) -> None:
