@@ -21,6 +21,9 @@ class Archive(Protocol):
     async def look_at(self, file: Node) -> None:
         """A node is being opened over ``file``, which it may write to before it is attached."""
 
+    async def opening_ended(self) -> None:
+        """What was looked at has been attached, or will not be."""
+
     async def attach(self, node: Node) -> None:
         """Give a node that has just been opened the bitmaps which its image had."""
 
@@ -52,6 +55,9 @@ class NoArchive:
         )
 
     async def look_at(self, file: Node) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def opening_ended(self) -> None:
         await trio.lowlevel.checkpoint()
 
     async def attach(self, node: Node) -> None:

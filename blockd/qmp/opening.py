@@ -153,14 +153,25 @@ async def open_node(
     common = inherited.overridden(options)
     opening = Opening(openers, graph, options.node_name, common, above, hidden=hidden)
     try:
+        node = await _open(openers, opening, options, owned=owned)
+    finally:
+        if not above:
+            with trio.CancelScope(shield=True):
+                await graph.archive.opening_ended()
+    if not hidden:
+        graph.show(node)
+    return node
+
+
+async def _open(openers: Openers, opening: Opening, options: NodeOptions, *, owned: bool) -> Node:
+    """The node with its bitmaps, still hidden."""
+    try:
         node = await _open_driver(openers, opening, options, owned=owned)
     except BaseException:
         with trio.CancelScope(shield=True):
             await opening.give_up()
         raise
-    await _load_bitmaps(graph, node, owned=owned)
-    if not hidden:
-        graph.show(node)
+    await _load_bitmaps(opening.graph, node, owned=owned)
     return node
 
 

@@ -9,11 +9,16 @@ marks/heartbeat     when the daemon was last alive
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import os
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, suppress
 
 import msgspec
@@ -25,16 +30,17 @@ from blockd.block import FileDriver, Node
 from blockd.errors import BlockdError
 from blockd.state import changes
 from blockd.state.commits import Commits, Pending
-from blockd.state.database import open_database
 from blockd.state.disk import Disk, HostDisk
 from blockd.state.environment import Environment, Listener
-from blockd.state.host import Boot, Heartbeat, this_boot
+from blockd.state.first_looks import FirstLooks
+from blockd.state.host import Boot, this_boot
 from blockd.state.image import Kept, KeptImage
-from blockd.state.loading import load_images, load_jobs, put_in, recover_image, unused_pieces
+from blockd.state.loading import put_in, recover_image, unused_pieces
 from blockd.state.lock import DirectoryLock
+from blockd.state.opened import Opened
 from blockd.state.places import Place, find_place, identify, shape_of
 from blockd.state.records import Identity, ImageRecord, JobRecord
-from blockd.state.recovery import Circumstances, judge_image, untouched
+from blockd.state.recovery import Circumstances, judge_image
 
 _log = logging.getLogger(__name__)
 
@@ -55,11 +61,10 @@ class StateDirectory:
         self._unfinished_jobs = opened.jobs
         self._attached: dict[Node, KeptImage] = {}
         self._attaching = trio.Lock()
-        #: What files were before something was opened over them, by path.
-        self._looked_at: dict[str, Identity] = {}
         #: For measurements.
         self.commits = commits = Commits(opened.database)
         self._environment = Environment(disk, commits, opened.rows, boot.boot_id, listener)
+        self._looks = FirstLooks(self._environment, self._images, boot, self._commit)
         #: Else the time of the daemon before this one is the only record of when it ended.
         self._left_recorded = False
         self._beating = trio.CancelScope()
@@ -97,16 +102,21 @@ class StateDirectory:
         for row, image in self._images.items():
             if image.open and image.left_ns is None:
                 self._images[row] = msgspec.structs.replace(image, left_ns=left_ns)
-        steps = [changes.put_image(image) for image in self._images.values()]
-        jobs = [job_id for job_id, _ in self._unfinished_jobs]
-        change = changes.all_of(*steps, changes.forget_jobs(jobs))
         try:
-            await self._environment.commits.commit(Pending(change))
-            self._left_recorded = True
-            self._opened.heartbeat.beat()
-            self._nursery.start_soon(self._delete_unused)
+            await self._record_left()
         except OSError as error:
             _log.error("the state directory can't be written to: %s", error)
+
+    async def _record_left(self) -> None:
+        """Raises ``OSError``: then it is to be tried again."""
+        attached = self._attached_rows()
+        unused = [image for image in self._images.values() if image.row not in attached]
+        jobs = [job_id for job_id, _ in self._unfinished_jobs]
+        change = changes.all_of(*map(changes.put_image, unused), changes.forget_jobs(jobs))
+        await self.commits.commit(Pending(change))
+        self._left_recorded = True
+        self._opened.heartbeat.beat()
+        self._nursery.start_soon(self._delete_unused)
 
     async def _delete_unused(self) -> None:
         """Delete pieces that the daemon before this one had no time to make part of a bitmap."""
@@ -133,31 +143,25 @@ class StateDirectory:
         as to repair an image after a crash.
 
         ``attach`` judges the image as it is now. And where it has been left alone since a daemon
-        had it open, it is recorded that we have it: another crash finds no change but ours.
+        had it open, it is recorded that we have it, up to ``opening_ended``: another crash finds
+        no change but ours.
         """
         if not isinstance(file.driver, FileDriver):
             return
         place = find_place(file)
-        path = place.path
-        identity = await self._identify(path, place.fd)
-        if identity is None:
-            return
-        self._looked_at[path] = identity
-        if self._left_recorded:
-            self._opened.heartbeat.beat()
-        taken = {image.record.row for image in self._attached.values()}
-        for image in tuple(self._images.values()):
-            ours = image.open and image.row not in taken
-            if ours and image.key.endswith(f":{path}") and untouched(image, identity, self._boot):
-                await self._record_taken(image, identity)
+        identity = await self._identify(place.path, place.fd)
+        if identity is not None:
+            self._beat_now()
+            await self._looks.look(
+                place.path, identity, attached=self._attached_rows(), writable=not file.read_only
+            )
 
-    async def _record_taken(self, image: ImageRecord, identity: Identity) -> None:
-        taken = msgspec.structs.replace(
-            image, identity=identity, boot_id=self._boot.boot_id, left_ns=None
-        )
-        pending = Pending(changes.put_image(taken))
-        if await self._bounded(lambda: self._environment.commits.commit(pending)):
-            self._images[image.row] = msgspec.structs.replace(taken, left_ns=time.time_ns())
+    async def opening_ended(self) -> None:
+        """What was looked at has been attached, or will not be."""
+        await self._looks.end(attached=self._attached_rows())
+
+    def _attached_rows(self) -> Collection[int]:
+        return {keeper.record.row for keeper in self._attached.values()}
 
     async def _identify(self, path: str, fd: int) -> Identity | None:
         fd = os.dup(fd)
@@ -183,7 +187,7 @@ class StateDirectory:
         except BlockdError:
             return
         async with self._attaching:
-            identity = self._looked_at.pop(place.path, None)
+            identity = self._looks.found(place.path)
             if identity is None or isinstance(node.driver, FileDriver):
                 identity = await self._identify(place.path, place.fd)
             if identity is None:
@@ -198,8 +202,7 @@ class StateDirectory:
             if (image := self._at(place)) is None:
                 now = dataclasses.replace(now, moved=True)
                 image = self._moved_to(place, now)
-            taken = {keeper.record.row for keeper in self._attached.values()}
-            if image is not None and image.row not in taken:
+            if image is not None and image.row not in self._attached_rows():
                 await self._recover(node, image, now)
 
     def _at(self, place: Place) -> ImageRecord | None:
@@ -234,6 +237,8 @@ class StateDirectory:
         self, node: Node, image: ImageRecord, kept: Mapping[DirtyBitmap, Kept], *, as_stored: bool
     ) -> KeptImage:
         keeper = KeptImage(self._environment, node, image, kept, as_stored=as_stored)
+        # It may have been long since there was anything to keep.
+        self._beat_now()
         async with node.quiesced():
             node.keep_journal(keeper.journal)
             self._attached[node] = keeper
@@ -311,13 +316,11 @@ class StateDirectory:
 
     async def record_job(self, job_id: str, facts: Mapping[str, str]) -> None:
         """Keep what is to be known of a job if the daemon dies; as bounded as ``keep``."""
-        pending = Pending(changes.put_job(job_id, JobRecord(dict(facts))))
-        await self._bounded(lambda: self._environment.commits.commit(pending))
+        await self._commit(changes.put_job(job_id, JobRecord(dict(facts))))
 
     async def forget_job(self, job_id: str) -> None:
         """The job has ended; as bounded as ``keep``."""
-        pending = Pending(changes.forget_jobs([job_id]))
-        await self._bounded(lambda: self._environment.commits.commit(pending))
+        await self._commit(changes.forget_jobs([job_id]))
 
     @property
     def unfinished_jobs(self) -> Sequence[tuple[str, Mapping[str, str]]]:
@@ -327,6 +330,10 @@ class StateDirectory:
         return self._unfinished_jobs
 
     # -- background --------------------------------------------------------------------------
+
+    async def _commit(self, change: changes.Apply) -> bool:
+        pending = Pending(change)
+        return await self._bounded(lambda: self._environment.commits.commit(pending))
 
     async def _bounded(self, work: Callable[[], Awaitable[None]]) -> bool:
         """Whether ``work`` was done in time, and did not fail. It is not cut off."""
@@ -353,44 +360,22 @@ class StateDirectory:
         with self._beating:
             while True:
                 await trio.sleep(limits.STATE_HEARTBEAT_SECONDS)
-                if (self._attached or self._looked_at) and self._left_recorded:
-                    self._opened.heartbeat.beat()
+                if not self._left_recorded:
+                    with suppress(OSError):
+                        await self._record_left()
+                if self._attached or self._looks:
+                    self._beat_now()
                 for keeper in self._attached.values():
                     self._nursery.start_soon(_look_after, keeper)
+
+    def _beat_now(self) -> None:
+        if self._left_recorded:
+            self._opened.heartbeat.beat()
 
     async def close(self) -> None:
         """End the background work and let go of the directory. All nodes are closed."""
         self._beating.cancel()
         await self._environment.commits.read(lambda _: self._opened.end())
-
-
-class Opened:
-    """What opening a directory gives, before anything goes on in it. Blocks."""
-
-    def __init__(self, path: str, disk: Disk, lock: DirectoryLock) -> None:
-        """Raises ``OSError`` and ``BlockdError``."""
-        self._lock = lock
-        self._disk = disk
-        self.database, damaged = open_database(os.path.join(path, "state.db"))
-        try:
-            if damaged:
-                _log.error("the database in '%s' is damaged: a new one is made", path)
-            self.images = load_images(self.database.images(), disk)
-            self.jobs = load_jobs(self.database)
-            titles = (title.row for image in self.images.values() for title in image.bitmaps)
-            self.last_row = max([self.database.last_row(), *self.images, *titles])
-            self.rows: Iterator[int] = itertools.count(self.last_row + 1)
-            self.heartbeat = Heartbeat(disk)
-        except BaseException:
-            self.database.close()
-            raise
-
-    def end(self) -> None:
-        """Let go of all of it."""
-        self.heartbeat.end()
-        self._disk.end()
-        self.database.close()
-        self._lock.release()
 
 
 async def _look_after(keeper: KeptImage) -> None:

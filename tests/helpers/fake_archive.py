@@ -24,6 +24,9 @@ class FakeArchive:
     async def look_at(self, file: Node) -> None:
         self.log.append(f"look at {file.name}")
 
+    async def opening_ended(self) -> None:
+        """Nothing to do."""
+
     async def attach(self, node: Node) -> None:
         self.log.append(f"attach {node.name}")
 

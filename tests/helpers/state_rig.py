@@ -16,10 +16,10 @@ from blockd.bitmap import Bits, DirtyBitmap
 from blockd.block import FileDriver, Node
 from blockd.state import StateDirectory
 from blockd.state.database import Change, Database
-from blockd.state.directory import Opened
 from blockd.state.disk import Disk, HostDisk
 from blockd.state.host import Boot
 from blockd.state.lock import DirectoryLock
+from blockd.state.opened import Opened
 
 SIZE = 256 * 1024 * 1024
 GRANULE = 65536

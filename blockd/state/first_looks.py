@@ -1,0 +1,97 @@
+"""What files were before something was opened over them, which may write to them.
+
+A qcow2 image is repaired, and marked as in use, before its node is attached. So it is recorded
+beforehand that we have it. What is not attached in the end is given back: who writes to it from
+then on, we too, by another way, leaves no marks, and has to be found out by the file's times.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection
+
+import msgspec
+import trio
+
+from blockd.state import changes, marks
+from blockd.state.environment import Environment
+from blockd.state.host import Boot
+from blockd.state.records import Identity, ImageRecord
+from blockd.state.recovery import untouched
+
+_log = logging.getLogger(__name__)
+
+
+class FirstLooks:
+    """Of one state directory, whose images ``images`` are, by row.
+
+    ``commit`` makes a change durable, and tells whether it is; it never raises ``OSError``.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        images: dict[int, ImageRecord],
+        boot: Boot,
+        commit: Callable[[changes.Apply], Awaitable[bool]],
+    ) -> None:
+        self._environment = environment
+        self._images = images
+        self._boot = boot
+        self._commit = commit
+        self._found: dict[str, Identity] = {}
+        #: Rows of images that are recorded as ours while they are being opened.
+        self._taken: set[int] = set()
+
+    def __bool__(self) -> bool:
+        """Whether any image is recorded as ours that has no node yet."""
+        return bool(self._taken)
+
+    def found(self, path: str) -> Identity | None:
+        """What was at the path, told once."""
+        return self._found.pop(path, None)
+
+    async def look(
+        self, path: str, identity: Identity, *, attached: Collection[int], writable: bool
+    ) -> None:
+        """``identity``: of what is there now; ``attached``: rows of images whose node is there."""
+        self._found[path] = identity
+        if not writable:
+            return
+        for image in tuple(self._images.values()):
+            ours = image.open and image.row not in attached
+            if ours and image.key.endswith(f":{path}") and untouched(image, identity, self._boot):
+                await self._take(image, identity)
+
+    async def _take(self, image: ImageRecord, identity: Identity) -> None:
+        taken = msgspec.structs.replace(
+            image, identity=identity, boot_id=self._boot.boot_id, left_ns=None
+        )
+        self._taken.add(image.row)
+        if await self._commit(changes.put_image(taken)):
+            self._images[image.row] = msgspec.structs.replace(taken, left_ns=time.time_ns())
+
+    async def end(self, *, attached: Collection[int]) -> None:
+        """An opening has ended: give back the images that have not got a node.
+
+        Those of another opening too, which costs nothing unless the daemon dies before its end:
+        then its repair may be taken for a change of others.
+        """
+        taken, self._taken = self._taken, set()
+        for row in taken.difference(attached):
+            image = self._images.get(row)
+            if image is not None and not await self._commit(changes.put_image(image)):
+                await self._poison(image)
+
+    async def _poison(self, image: ImageRecord) -> None:
+        name = marks.marks_name(image.row, image.epoch)
+        try:
+            await trio.to_thread.run_sync(marks.poison, self._environment.disk, name)
+        except OSError as error:
+            _log.critical(
+                "'%s': that it is left alone can't be recorded: %s. If it is written to before "
+                "blockd has its bitmaps again, do a full backup",
+                image.key,
+                error,
+            )

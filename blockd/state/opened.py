@@ -1,0 +1,45 @@
+"""A state directory as it is found."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Iterator
+
+from blockd.state.database import open_database
+from blockd.state.disk import Disk
+from blockd.state.host import Heartbeat
+from blockd.state.loading import load_images, load_jobs
+from blockd.state.lock import DirectoryLock
+
+_log = logging.getLogger(__name__)
+
+
+class Opened:
+    """What opening a directory gives, before anything goes on in it. Blocks."""
+
+    def __init__(self, path: str, disk: Disk, lock: DirectoryLock) -> None:
+        """Raises ``OSError`` and ``BlockdError``."""
+        self._lock = lock
+        self._disk = disk
+        self.database, damaged = open_database(os.path.join(path, "state.db"))
+        try:
+            if damaged:
+                _log.error("the database in '%s' is damaged: a new one is made", path)
+            self.images = load_images(self.database.images(), disk)
+            self.jobs = load_jobs(self.database)
+            titles = (title.row for image in self.images.values() for title in image.bitmaps)
+            self.last_row = max([self.database.last_row(), *self.images, *titles])
+            self.rows: Iterator[int] = itertools.count(self.last_row + 1)
+            self.heartbeat = Heartbeat(disk)
+        except BaseException:
+            self.database.close()
+            raise
+
+    def end(self) -> None:
+        """Let go of all of it."""
+        self.heartbeat.end()
+        self._disk.end()
+        self.database.close()
+        self._lock.release()
