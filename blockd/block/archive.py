@@ -15,6 +15,9 @@ from blockd.errors import BlockdError
 class Archive(Protocol):
     """What outlives the daemon, as the graph and the commands use it (``StateDirectory``)."""
 
+    #: Whether anything does.
+    keeps_any: bool
+
     def check_persistent(self, node: Node) -> None:
         """Raise ``BlockdError`` where no bitmap of this node can be kept."""
 
@@ -47,6 +50,8 @@ class Archive(Protocol):
 
 class NoArchive:
     """Nothing is kept."""
+
+    keeps_any = False
 
     def check_persistent(self, node: Node) -> None:
         raise BlockdError(

@@ -30,6 +30,11 @@ class BitmapStore(Protocol):
     While the storage is only read, ``load`` is all.
     """
 
+    @property
+    def keeps_any(self) -> bool:
+        """Whether it has a place for bitmaps at all."""
+        ...
+
     async def load(self) -> Sequence[KeptBitmap]:
         """What is kept. One in use is inconsistent. Raises ``BlockdError`` where it is damaged."""
 

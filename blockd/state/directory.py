@@ -48,6 +48,8 @@ _log = logging.getLogger(__name__)
 class StateDirectory:
     """Keeps the persistent bitmaps of nodes; one daemon has it at a time."""
 
+    keeps_any = True
+
     def __init__(
         self, nursery: trio.Nursery, listener: Listener, opened: Opened, boot: Boot, disk: Disk
     ) -> None:

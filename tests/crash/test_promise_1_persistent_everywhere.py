@@ -10,10 +10,11 @@ import pytest
 from tests.helpers.daemon import Daemon
 from tests.helpers.kept_disk import DISK_BYTES, KeptDisk
 from tests.helpers.loop_device import loop_device
+from tests.helpers.qcow2 import qemu_img
 from tests.helpers.qmp_client import QmpClient, QmpError
 
 
-@pytest.fixture(params=["raw", "qcow2", "block device"])
+@pytest.fixture(params=["raw", "qcow2", "qcow2 v2", "block device"])
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[KeptDisk]:
     if request.param == "block device":
         backing = tmp_path / "device.img"
@@ -24,7 +25,12 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[KeptDisk]:
             yield disk
             disk.end()
     else:
-        disk = KeptDisk(tmp_path, driver=request.param)
+        image = None
+        if request.param == "qcow2 v2":
+            image = tmp_path / "disk.v2"
+            qemu_img("create", "-f", "qcow2", "-o", "compat=0.10", image, str(DISK_BYTES))
+        driver = request.param.removesuffix(" v2")
+        disk = KeptDisk(tmp_path, driver=driver, image=image)
         yield disk
         disk.end()
 

@@ -13,6 +13,8 @@ from blockd.block import Node
 class FakeArchive:
     """``ready``: what ``keep`` waits for."""
 
+    keeps_any = True
+
     def __init__(self) -> None:
         self.log: list[str] = []
         self.ready = trio.Event()

@@ -82,6 +82,10 @@ class Qcow2Bitmaps:
         """What the image's directory says."""
         return self._entries
 
+    @property
+    def keeps_any(self) -> bool:
+        return self.room.header.version >= 3
+
     # -- at the open -------------------------------------------------------------------------
 
     async def load(self) -> Sequence[KeptBitmap]:
@@ -181,7 +185,7 @@ class Qcow2Bitmaps:
 
     def check_new(self, name: str, granularity_bytes: int, others: Sequence[DirtyBitmap]) -> None:
         room = self.room
-        if room.header.version < 3:
+        if not self.keeps_any:
             raise BlockdError("Cannot store dirty bitmaps in qcow2 v2 files")
         if room.read_only:
             raise BlockdError("No write access")
@@ -211,7 +215,7 @@ class Qcow2Bitmaps:
     async def store(self, bitmaps: Sequence[DirtyBitmap]) -> None:
         """New ones are put behind the others, the newest first, as QEMU does."""
         async with self._one:
-            if self.room.read_only:
+            if self.room.read_only or not self.keeps_any:
                 return
             names = {bitmap.name for bitmap in bitmaps}
             entries = {

@@ -87,8 +87,9 @@ def do_add(services: Services, arguments: BlockDirtyBitmapAdd) -> Change:
 
 
 def _check_persistent(services: Services, node: Node, name: str, granularity_bytes: int) -> None:
-    if node.keeper.store is None:
-        services.graph.archive.check_persistent(node)
+    store, archive = node.keeper.store, services.graph.archive
+    if store is None or (archive.keeps_any and not store.keeps_any):
+        archive.check_persistent(node)
     else:
         node.keeper.check_new(name, granularity_bytes)
 
