@@ -74,6 +74,8 @@ STATE_RETRY_SECONDS = 10
 #: How long the answer to a command waits until what it did is stored: commits on a healthy disk
 #: are far below, and a sick one must not hold up the client.
 STATE_KEEP_SECONDS = 15
+#: And then, until it is durable that a crash leaves all dirty.
+STATE_POISON_SECONDS = 5
 #: How often the clock is noted while images are open, and how much later than the last such note
 #: an image may have changed by our own writes.
 STATE_HEARTBEAT_SECONDS = 1

@@ -121,6 +121,9 @@ class DirtyBitmap:
         self.persistent = False
         #: Rises when bits change in another way than by guest writes: then all of them may have.
         self.version = 0
+        #: Rises when that may have added bits, or when guest writes begin to be marked: what was
+        #: stored before may lack some now, whatever was marked beside it since.
+        self.gains = 0
         #: Why it came back other than it was; None once that is cleared or backed up.
         self.reason: Reason | None = None
         #: Whether it must stay as it is in the image, which can't be written to.
@@ -223,7 +226,9 @@ class DirtyBitmap:
 
     def enable(self) -> None:
         """Mark guest writes from now on. Nothing happens where that is so already."""
-        self._become(Recording(self.usable_bits()))
+        bits = self.usable_bits()
+        self.gains += not self.recording
+        self._become(Recording(bits))
 
     def disable(self) -> None:
         """Mark no guest writes from now on. Nothing happens where that is so already."""
@@ -232,7 +237,7 @@ class DirtyBitmap:
     def clear(self) -> Bits:
         """Forget every mark; the result is what was marked, for ``put_back``."""
         bits = self._bits_to_change()
-        self.put_back(bits.empty_copy())
+        self._replace(bits.empty_copy())
         self.reason = None
         return bits
 
@@ -252,6 +257,10 @@ class DirtyBitmap:
 
     def put_back(self, bits: Bits) -> None:
         """Mark what is marked in ``bits``, and nothing else; they are given away with the call."""
+        self._replace(bits)
+        self.gains += 1
+
+    def _replace(self, bits: Bits) -> None:
         self._owner.fold()
         self._become(idle(bits, recording=isinstance(self._usable(), Recording)))
         self.version += 1
@@ -287,6 +296,7 @@ class DirtyBitmap:
     def resize(self, size_bytes: int) -> None:
         """Follow the node to a new size, in every state."""
         self.version += 1
+        self.gains += 1
         match self.state:
             case (
                 Recording(bits=bits)
@@ -347,6 +357,7 @@ class DirtyBitmap:
             # The node may have been resized since ``keep`` was made.
             keep.resize(frozen.successor.size_bytes)
             frozen.successor.merge(keep)
+            self.gains += 1
         self.rank = frozen.successor_rank
         self.reason = None
         self.version += 1

@@ -29,6 +29,7 @@ class Storing:
     bitmap: DirtyBitmap
     record: BitmapRecord
     version: int
+    gains: int
     windows: Iterator[int]
     pieces: dict[int, PieceRef]
     #: Rows that are of no use once this is stored, and those that are new.
@@ -74,7 +75,7 @@ def begin_storing(
     pieces = {} if old is None else {ref.window: ref for ref in old.pieces}
     if windows is None or old is None:
         windows = iter(range(bitmap.window_count))
-    return Storing(bitmap, record, bitmap.version, windows, pieces)
+    return Storing(bitmap, record, bitmap.version, bitmap.gains, windows, pieces)
 
 
 async def store_pieces(storing: Storing, commits: Commits, rows: Iterator[int]) -> None:

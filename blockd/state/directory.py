@@ -230,7 +230,7 @@ class StateDirectory:
         for found in recovery.bitmaps:
             bitmap = put_in(node, found)
             if bitmap is not None and found.record is not None:
-                kept[bitmap] = Kept(found.record, bitmap.version)
+                kept[bitmap] = Kept(found.record, bitmap.version, bitmap.gains)
             if bitmap is not None and found.reason is not None:
                 self._listener.bitmap_recovered(node, bitmap)
         await self._keep(node, image, kept, as_stored=recovery.as_stored)
@@ -252,8 +252,9 @@ class StateDirectory:
         To be called after every change of a bitmap that is not a guest write: added (the node
         gets its journal with the first), removed, cleared, merged, enabled, disabled, abdicated,
         resized. False where it gives up waiting after ``STATE_KEEP_SECONDS``, and where storing
-        fails: then it is durable that the stored bitmaps are not right, as far as there are any,
-        and the listener has heard of that. For nodes without such bitmaps, ever, nothing is done.
+        fails: then it is durable that the stored bitmaps are not right, as far as they would lack
+        anything, and the listener has heard of that. For nodes without such bitmaps, ever, nothing
+        is done.
         """
 
         async def store() -> None:
@@ -264,7 +265,11 @@ class StateDirectory:
             if keeper is not None:
                 await keeper.checkpoint(whole=False)
 
-        return await self._bounded(store)
+        if await self._bounded(store):
+            return True
+        if keeper := self._attached.get(node):
+            await self._bounded(keeper.give_up_storing, limits.STATE_POISON_SECONDS)
+        return False
 
     async def _adopt(self, node: Node) -> KeptImage | None:
         """Keep a node from now on, where it has persistent bitmaps."""
@@ -337,7 +342,9 @@ class StateDirectory:
         pending = Pending(change)
         return await self._bounded(lambda: self._environment.commits.commit(pending))
 
-    async def _bounded(self, work: Callable[[], Awaitable[None]]) -> bool:
+    async def _bounded(
+        self, work: Callable[[], Awaitable[None]], seconds: float | None = None
+    ) -> bool:
         """Whether ``work`` was done in time, and did not fail. It is not cut off."""
         ended = trio.Event()
         done = False
@@ -353,7 +360,7 @@ class StateDirectory:
                 ended.set()
 
         self._nursery.start_soon(run)
-        with trio.move_on_after(limits.STATE_KEEP_SECONDS):
+        with trio.move_on_after(limits.STATE_KEEP_SECONDS if seconds is None else seconds):
             await ended.wait()
         return done
 
@@ -382,6 +389,6 @@ class StateDirectory:
 
 async def _look_after(keeper: KeptImage) -> None:
     with suppress(OSError):
-        await keeper.record_loss()
+        await keeper.losses.record()
         if keeper.due:
             await keeper.checkpoint()

@@ -26,6 +26,7 @@ from blockd.state.environment import Environment
 from blockd.state.epoch import Epoch
 from blockd.state.epochs import delete_before, end_epoch, hold_place, make_epoch
 from blockd.state.journal import ImageJournal
+from blockd.state.losses import Losses
 from blockd.state.places import identify
 from blockd.state.records import ArmedRow, BitmapRecord, BitmapTitle, Identity, ImageRecord
 
@@ -34,10 +35,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What is stored of a bitmap: the record, and the bitmap's version that it is of."""
+    """What is stored of a bitmap: the record, and the bitmap's counts that it is of."""
 
     record: BitmapRecord
     version: int
+    gains: int
 
 
 class KeptImage:
@@ -72,9 +74,7 @@ class KeptImage:
         self._giving_up = trio.Lock()
         self._begun = self._done = 0
         self._want_whole = False
-        self._failed = False
-        #: Epochs in which not all writes were noted, where that is not durable yet.
-        self._to_poison: set[int] = set()
+        self.losses = Losses(environment, node, record.row)
         self._title_rows: dict[DirtyBitmap, int] = {}
         #: Rows of pieces that nothing refers to any more.
         self._garbage: list[int] = []
@@ -117,35 +117,20 @@ class KeptImage:
             if self.journal.epoch is epoch:
                 self.journal.give_up()
 
+    async def give_up_storing(self) -> None:
+        """The bitmaps are not stored in time: return once no crash makes one lack anything."""
+        if any(map(self._lacks, self._persistent())):
+            await self._give_up(OSError(errno.ETIMEDOUT, "it does not answer"))
+
     async def _poison(self, error: OSError) -> None:
         epoch = self.journal.epoch
-        self._to_poison.add(self.record.epoch if epoch is None else epoch.number)
-        if not self._failed:
-            self._failed = True
-            self._environment.listener.storing_failed(self.node, str(error.strerror or error))
-        try:
-            await self.record_loss()
-        except OSError as second:
-            _log.critical(
-                "node '%s': its bitmaps can't be kept, nor can that be recorded: %s; %s. If the "
-                "daemon is killed now, do a full backup",
-                self.node.name,
-                error,
-                second,
-            )
-
-    async def record_loss(self) -> None:
-        """Make it durable that not all writes were noted, as far as it is not. ``OSError``."""
-        for number in tuple(self._to_poison):
-            name = marks.marks_name(self.record.row, number)
-            await trio.to_thread.run_sync(marks.poison, self._environment.disk, name)
-            self._to_poison.discard(number)
+        await self.losses.poison(self.record.epoch if epoch is None else epoch.number, error)
 
     # -- epochs ------------------------------------------------------------------------------
 
     async def _make_epoch(self) -> Epoch:
         """The next epoch, which is recorded unless the bitmaps must be stored before."""
-        await self.record_loss()
+        await self.losses.record()
         titles = [self._title(bitmap) for bitmap in self._persistent()]
         epoch, self._opened = await make_epoch(
             self._environment, self.node, self.record, titles, commit=self._sound
@@ -209,9 +194,8 @@ class KeptImage:
             finally:
                 self._pace(started)
             self._done = number
-        if self._failed:
-            self._failed = False
-            self._environment.listener.storing_resumed(self.node)
+        if self._sound:
+            self.losses.stored(self.record.since)
 
     def _owes(self) -> bool:
         """Whether bitmaps have changed, but for guest writes, from what is stored."""
@@ -222,16 +206,22 @@ class KeptImage:
         return (
             kept is None
             or kept.version != bitmap.version
+            or kept.gains != bitmap.gains
             or kept.record.title.recording != bitmap.recording
             or kept.record.reason != bitmap.reason
         )
+
+    def _lacks(self, bitmap: DirtyBitmap) -> bool:
+        """Whether what is stored, with the marks, may have less than the bitmap."""
+        kept = self._kept.get(bitmap)
+        return kept is None or kept.gains != bitmap.gains
 
     def _to_store(self) -> Sequence[DirtyBitmap]:
         """What has to be stored now: all, or what changed otherwise than by guest writes."""
         bitmaps = self._persistent()
         oldest = min((kept.record.epoch for kept in self._kept.values()), default=0)
         many = self.record.epoch - max(oldest, self.record.since) >= limits.STATE_EPOCHS
-        if self._want_whole or many or not self._sound:
+        if self._want_whole or many or not self._sound or self.losses.failed:
             self._want_whole = False
             return bitmaps
         return [bitmap for bitmap in bitmaps if self._changed(bitmap)]
@@ -280,7 +270,7 @@ class KeptImage:
             if not storing.stale:
                 pieces = tuple(storing.pieces[window] for window in sorted(storing.pieces))
                 new.append(msgspec.structs.replace(storing.record, pieces=pieces))
-                kept[storing.bitmap] = Kept(new[-1], storing.version)
+                kept[storing.bitmap] = Kept(new[-1], storing.version, storing.gains)
         gone = [old.record for bitmap, old in self._kept.items() if bitmap not in kept]
         image = msgspec.structs.replace(
             self.record if self._sound else self._opened,
@@ -337,7 +327,7 @@ class KeptImage:
         """Whether a checkpoint would be of use, and is not too much."""
         if self._changing.locked():
             return False
-        if self._failed or self._owes():
+        if self.losses.failed or self._owes():
             return trio.current_time() >= self._due - max(
                 0, limits.STATE_CHECKPOINT_SECONDS - limits.STATE_RETRY_SECONDS
             )
@@ -376,8 +366,9 @@ class KeptImage:
         epoch = self.journal.epoch
         if not self.record.open and not self._owes():
             return False
+        stored = epoch is not None and not (epoch.regions or self._unstored or self._scan_all)
         try:
-            if epoch is None or epoch.regions or self._unstored or self._scan_all or self._owes():
+            if not stored or self.losses.failed or self._owes():
                 await self.checkpoint()
         except OSError as error:
             await self._give_up(error)

@@ -64,7 +64,7 @@ async def run(failure: Failure, path: Path, world: World) -> Run:
         failure.on = False
         # A second later, as long as the daemon lives.
         for keeper in one.state._attached.values():
-            await keeper.record_loss()
+            await keeper.losses.record()
         left = Run(world, files, image, disk, one.heard)
         await check(left)
     return left
