@@ -40,7 +40,7 @@ from blockd.state.lock import DirectoryLock
 from blockd.state.opened import Opened
 from blockd.state.places import Place, find_place, identify, shape_of
 from blockd.state.records import Identity, ImageRecord, JobRecord
-from blockd.state.recovery import Circumstances, judge_image
+from blockd.state.recovery import Circumstances, is_another, judge_image
 
 _log = logging.getLogger(__name__)
 
@@ -227,8 +227,9 @@ class StateDirectory:
         recovery = await recover_image(image, now, environment.commits, environment.disk)
         kept = {}
         node.bitmaps.largest_bytes = max(node.size_bytes, image.largest_bytes)
+        another = is_another(image, now.identity, self._boot)
         for found in recovery.bitmaps:
-            bitmap = put_in(node, found)
+            bitmap = put_in(node, found, is_another=another)
             if bitmap is not None and found.record is not None:
                 kept[bitmap] = Kept(found.record, bitmap.version, bitmap.gains)
             if bitmap is not None and found.reason is not None:

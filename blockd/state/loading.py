@@ -157,12 +157,15 @@ def _read_marks(disk: Disk, image_row: int) -> Mapping[int, marks.Marks | None]:
     return found
 
 
-def put_in(node: Node, found: Recovered) -> DirtyBitmap | None:
-    """Put a recovered bitmap into the node; None where the node has a better one."""
+def put_in(node: Node, found: Recovered, *, is_another: bool) -> DirtyBitmap | None:
+    """Put a recovered bitmap into the node; None where the node has a better one.
+
+    ``is_another``: the image, so that its own ones are no better.
+    """
     name = found.title.name
     for there in node.bitmaps.list():
         if there.name == name:
-            if not isinstance(there.state, Inconsistent):
+            if not isinstance(there.state, Inconsistent) and not is_another:
                 if found.reason is None:
                     there.identity = found.title.identity
                 return None

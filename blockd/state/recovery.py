@@ -99,6 +99,16 @@ def judge_image(image: ImageRecord, now: Circumstances) -> Reason | None:
     return Reason.IMAGE_CHANGED if changed else None
 
 
+def is_another(image: ImageRecord, identity: Identity, boot: Boot) -> bool:
+    """Whether the file is not the one that was there, or is as it was before that.
+
+    Then not even what it says of itself is to be believed.
+    """
+    same_boot = image.boot_id == boot.boot_id
+    older = identity.changed_ns < image.identity.changed_ns
+    return older or not image.identity.same_storage(identity, same_boot=same_boot)
+
+
 def untouched(image: ImageRecord, identity: Identity, boot: Boot) -> bool:
     """Whether an image that was open has been left alone since, as far as its host can tell."""
     same_boot = image.boot_id == boot.boot_id

@@ -172,3 +172,24 @@ def test_after_a_crash_a_qcow2_image_that_qemu_changed_is_found_out(qcow2: KeptD
     write_some_time_after_the_kill(qcow2)
     qcow2.start()
     qcow2.check_all_dirty("image-changed")
+
+
+def test_an_older_copy_of_a_qcow2_image_is_found_out(qcow2: KeptDisk) -> None:
+    """Its bitmaps are consistent, but know nothing of the backups since."""
+    qcow2.quit()
+    older = qcow2.directory / "older"
+    shutil.copy2(qcow2.image, older)
+    for end in (qcow2.quit, qcow2.kill):
+        qcow2.start()
+        qcow2.change_bitmap("clear")
+        qcow2.write([5])
+        end()
+        copy = qcow2.directory / "copy"
+        shutil.copy2(older, copy)
+        copy.replace(qcow2.image)
+        qcow2.start()
+        qcow2.check_all_dirty("image-changed")
+        qcow2.quit()
+    shutil.copy2(older, qcow2.image)
+    qcow2.start()
+    qcow2.check_all_dirty("image-changed")
