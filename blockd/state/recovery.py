@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
 from pyroaring import BitMap64
 
 from blockd import limits
@@ -235,6 +236,9 @@ def _recover_bitmap(
         if record.title.recording:
             touched.add_to(bits, record.epoch)
         return Recovered(title, rank, bits, record.reason, record)
+    if reason is Reason.STATE_DAMAGED:
+        # It may be that it was enabled that could not be recorded.
+        title = msgspec.structs.replace(title, recording=True)
     bits = Bits(now.size_bytes, title.granularity_bytes)
     bits.mark_all()
     return Recovered(title, rank, bits, reason or Reason.STATE_DAMAGED, None)
