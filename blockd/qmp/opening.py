@@ -140,20 +140,22 @@ async def open_node(
     inherited: Common = ROOT,
     *,
     owned: bool,
+    top: bool = False,
     hidden: bool = False,
     above: int = 0,
 ) -> Node:
     """Open what ``options`` describes, and put it into the graph with all that it stands on.
 
-    ``hidden``: commands find neither it nor what is made for it. ``above``: how many nodes are
-    being made that stand on this one.
+    ``top``: it is to stand on top although no command owns it, so that it has its bitmaps of the
+    archive, too. ``hidden``: commands find neither it nor what is made for it. ``above``: how many
+    nodes are being made that stand on this one.
 
     Raises ``BlockdError``; then the graph is as it was.
     """
     common = inherited.overridden(options)
     opening = Opening(openers, graph, options.node_name, common, above, hidden=hidden)
     try:
-        node = await _open(openers, opening, options, owned=owned)
+        node = await _open(openers, opening, options, owned=owned, top=owned or top)
     finally:
         if not above:
             with trio.CancelScope(shield=True):
@@ -163,7 +165,9 @@ async def open_node(
     return node
 
 
-async def _open(openers: Openers, opening: Opening, options: NodeOptions, *, owned: bool) -> Node:
+async def _open(
+    openers: Openers, opening: Opening, options: NodeOptions, *, owned: bool, top: bool
+) -> Node:
     """The node with its bitmaps, still hidden."""
     try:
         node = await _open_driver(openers, opening, options, owned=owned)
@@ -171,7 +175,7 @@ async def _open(openers: Openers, opening: Opening, options: NodeOptions, *, own
         with trio.CancelScope(shield=True):
             await opening.give_up()
         raise
-    await _load_bitmaps(opening.graph, node, owned=owned)
+    await _load_bitmaps(opening.graph, node, top=top)
     return node
 
 
@@ -195,10 +199,10 @@ async def _open_driver(
         raise
 
 
-async def _load_bitmaps(graph: Graph, node: Node, *, owned: bool) -> None:
+async def _load_bitmaps(graph: Graph, node: Node, *, top: bool) -> None:
     """Give the node those that outlived an earlier one; where that fails, it is removed."""
     try:
-        await _take_over_bitmaps(graph, node, owned=owned)
+        await _take_over_bitmaps(graph, node, top=top)
     except BaseException:
         # An error of the end says less than the one that led to it.
         with trio.CancelScope(shield=True), suppress(OSError):
@@ -206,11 +210,11 @@ async def _load_bitmaps(graph: Graph, node: Node, *, owned: bool) -> None:
         raise
 
 
-async def _take_over_bitmaps(graph: Graph, node: Node, *, owned: bool) -> None:
+async def _take_over_bitmaps(graph: Graph, node: Node, *, top: bool) -> None:
     """Those of its image, and of the archive. Raises ``BlockdError``."""
 
     async def attach() -> None:
-        if owned:
+        if top:
             await graph.archive.attach(node)
         if not node.read_only and node.keeper.store is not None:
             # Once its bitmaps are marked as in use, the image is not what it was: no matter, if

@@ -32,6 +32,7 @@ from blockd.state import changes
 from blockd.state.commits import Commits, Pending
 from blockd.state.disk import Disk, HostDisk
 from blockd.state.environment import Environment, Listener
+from blockd.state.epochs import forget
 from blockd.state.first_looks import FirstLooks
 from blockd.state.host import Boot, this_boot
 from blockd.state.image import Kept, KeptImage
@@ -274,12 +275,13 @@ class StateDirectory:
 
     async def _adopt(self, node: Node) -> KeptImage | None:
         """Keep a node from now on, where it has persistent bitmaps."""
-        if not any(bitmap.persistent for bitmap in node.bitmaps.list()):
+        if all(bitmap.inconsistent for bitmap in node.bitmaps.kept()):
             return None
         try:
             place = find_place(node)
         except BlockdError:
             return None
+        await self._forget_others(place)
         row = next(self._environment.rows)
         image = ImageRecord(
             row=row,
@@ -294,6 +296,18 @@ class StateDirectory:
         )
         self._images[row] = image
         return await self._keep(node, image, {}, as_stored=False)
+
+    async def _forget_others(self, place: Place) -> None:
+        """Forget what was at the place before, such as a file that an overlay has replaced.
+
+        Its bitmaps are not the node's, and would be found in the place of these. ``OSError``.
+        """
+        taken = self._attached_rows()
+        for image in tuple(self._images.values()):
+            if image.key == place.key and image.row not in taken:
+                _log.warning("'%s': the bitmaps of an earlier image are forgotten", image.key)
+                await forget(self._environment, image)
+                self._images.pop(image.row, None)
 
     async def store_all(self, node: Node) -> None:
         """Do now what is done at intervals; for tests and measurements. Raises ``OSError``."""

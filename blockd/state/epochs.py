@@ -112,6 +112,13 @@ def _identify_and_close(fd: int) -> Identity:
         os.close(fd)
 
 
+async def forget(environment: Environment, image: ImageRecord) -> None:
+    """Forget an image that no node has. Raises ``OSError``."""
+    # First its marks: those without a record are taken for those of a lost one.
+    await trio.to_thread.run_sync(delete_before, environment.disk, image.row, 1 << 63)
+    await environment.commits.commit(Pending(changes.forget_image(image.row)))
+
+
 def delete_before(disk: Disk, image: int, epoch: int) -> None:
     """Delete the marks files of epochs before this one; what can't be does no harm."""
     with suppress(OSError):

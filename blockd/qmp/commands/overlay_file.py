@@ -119,7 +119,8 @@ async def _open(graph: Graph, arguments: BlockdevSnapshotSync, name: str, below:
     is_device = await trio.to_thread.run_sync(is_block_device, name)
     file = (HostDeviceOptions if is_device else FileOptions)(filename=name)
     options = _options(arguments.format, file, arguments.snapshot_node_name)
-    node = await open_node(OPENERS, graph, options, common, owned=False)
+    made_before = arguments.mode == "existing"
+    node = await open_node(OPENERS, graph, options, common, owned=False, top=made_before)
     graph.hide(node)
     return node
 
