@@ -36,7 +36,7 @@ class BitmapStore(Protocol):
         ...
 
     async def load(self) -> Sequence[KeptBitmap]:
-        """What is kept. One in use is inconsistent. Raises ``BlockdError`` where it is damaged."""
+        """What is kept. One in use is inconsistent; where it is damaged, nothing is kept."""
 
     async def mark_in_use(self) -> None:
         """On return all that is kept is in use, and a crash leaves it so."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,27 @@ def test_many_of_them_and_one_that_is_all_dirty(daemon: Daemon, image: Path) -> 
 
 def _address(directory: Path) -> dict[str, Any]:
     return {"type": "unix", "data": {"path": str(directory / "nbd.sock")}}
+
+
+def test_damage_in_the_directory_costs_bitmaps_and_no_disk(daemon: Daemon, image: Path) -> None:
+    """QEMU refuses the image. Here it opens, and QEMU takes it again afterwards."""
+    qemu_img("bitmap", "--add", image, "b")
+    content = image.read_bytes()
+    at = content.index(b"b".ljust(8, b"\0"), content.index(struct.pack(">I", 0x23852875)) + 32)
+    with image.open("r+b") as file:
+        # The flags of its only entry.
+        file.seek(at - 12)
+        file.write(b"\xff")
+    with pytest.raises(AssertionError, match="doesn't satisfy the constraints"):
+        qemu_io(image, "quit")
+    with QmpClient(daemon.qmp_path) as client:
+        open_image(client, image)
+        assert bitmaps(client) == {}
+        # Before any write, so that nobody believes them after a crash.
+        assert flags(image) == {}
+        write(client, image.parent, 0, 5 * MIB)
+        client.execute("blockdev-del", {"node-name": "n"})
+    assert "doesn't satisfy the constraints" in daemon.log()
+    qemu_io(image, "read -P 0x67 5M 4k")
+    qemu_img("check", "-r", "leaks", image)
+    check(image)

@@ -10,6 +10,7 @@ which are freed then.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -37,6 +38,8 @@ from blockd.block.qcow2.extensions import BitmapsExtension
 from blockd.block.qcow2.features import Autoclear
 from blockd.block.qcow2.header import Header
 from blockd.errors import BlockdError
+
+log = logging.getLogger(__name__)
 
 _INVALID = os.strerror(errno.EINVAL)
 
@@ -74,6 +77,10 @@ class Qcow2Bitmaps:
         self._taken: list[tuple[int, int]] = []
         #: Whether the file may have another directory than the header here says.
         self._header_in_doubt = False
+        #: Whether the image's directory is there still, but can't be used.
+        self._damaged = False
+        #: What the directory was found to take, once.
+        self._claimed: list[range] = []
         #: Held by whoever changes the directory.
         self._one = trio.Lock()
 
@@ -89,6 +96,20 @@ class Qcow2Bitmaps:
     # -- at the open -------------------------------------------------------------------------
 
     async def load(self) -> Sequence[KeptBitmap]:
+        """Damage costs the image its bitmaps, and nobody his disk."""
+        try:
+            return await self._load()
+        except BlockdError as error:
+            log.warning("the bitmaps in an image are damaged, and lost: %s", error.message)
+            self._damaged, self._entries = True, []
+            for clusters in self._claimed:
+                # They may be anything, such as the guest's.
+                self.room.metadata.remove_range(clusters.start, clusters.stop)
+            return []
+        finally:
+            self._claimed.clear()
+
+    async def _load(self) -> Sequence[KeptBitmap]:
         extension = self.room.header.extensions.bitmaps
         if extension is None:
             return []
@@ -106,9 +127,12 @@ class Qcow2Bitmaps:
         if room.metadata.range_cardinality(clusters.start, clusters.stop):
             raise BlockdError("A bitmap overlaps something else in the image")
         room.metadata.add_range(clusters.start, clusters.stop)
+        self._claimed.append(clusters)
 
     async def find_again(self) -> None:
         """Take up with the image as it is opened again. Raises ``BlockdError``, ``OSError``."""
+        if self._damaged:
+            return
         extension = self.room.header.extensions.bitmaps
         entries = [] if extension is None else await self._read_directory(extension)
         if entries != self._entries:
@@ -118,6 +142,7 @@ class Qcow2Bitmaps:
         for entry in entries:
             for offset, length in await self._extents(entry):
                 self._claim(offset, length)
+        self._claimed.clear()
 
     async def _read_directory(self, extension: BitmapsExtension) -> list[BitmapEntry]:
         room = self.room
@@ -166,6 +191,9 @@ class Qcow2Bitmaps:
     async def mark_in_use(self) -> None:
         """The marks are single bits in the directory as it is, so none of it can get lost."""
         async with self._one:
+            if self._damaged:
+                # Before anything is written to the image: then nobody believes them any more.
+                await self._put_header(None)
             if self._header_in_doubt:
                 await self._put_header(self.room.header.extensions.bitmaps)
             extension = self.room.header.extensions.bitmaps
@@ -286,7 +314,7 @@ class Qcow2Bitmaps:
         nothing is freed: some clusters stay in use for nothing.
         """
         room, stays = self.room, set(entries)
-        old = room.header.extensions.bitmaps
+        old = None if self._damaged else room.header.extensions.bitmaps
         try:
             gone = [each for each in self._entries if each not in stays]
             unused = [extent for entry in gone for extent in await self._extents(entry)]
@@ -306,7 +334,7 @@ class Qcow2Bitmaps:
     async def _put_header(self, bitmaps: BitmapsExtension | None) -> None:
         self._header_in_doubt = True
         await self.room.change_header(lambda header: _with_bitmaps(header, bitmaps))
-        self._header_in_doubt = False
+        self._header_in_doubt = self._damaged = False
 
     async def _put_directory(self, entries: list[BitmapEntry]) -> BitmapsExtension | None:
         if not entries:
