@@ -182,10 +182,11 @@ class KeptImage:
             if self._done >= wanted:
                 return
             self._begun += 1
-            number, started = self._begun, trio.current_time()
+            number, started, stored = self._begun, trio.current_time(), False
             try:
                 while await self._store():
                     pass
+                stored = True
             except OSError as error:
                 _log.warning("node '%s': its bitmaps can't be stored: %s", self.node.name, error)
                 if self._owes():
@@ -193,6 +194,8 @@ class KeptImage:
                 raise
             finally:
                 self._pace(started)
+                # What another one waits for was not done: it falls to the next.
+                self._want_whole = self._want_whole or not stored
             self._done = number
         if self._sound:
             self.losses.stored(self.record.since)
@@ -217,7 +220,10 @@ class KeptImage:
         return kept is None or kept.gains != bitmap.gains
 
     def _to_store(self) -> Sequence[DirtyBitmap]:
-        """What has to be stored now: all, or what changed otherwise than by guest writes."""
+        """What has to be stored now: all, or what changed otherwise than by guest writes.
+
+        All, too, where writes were not noted: then nothing relies on the marks any more.
+        """
         bitmaps = self._persistent()
         oldest = min((kept.record.epoch for kept in self._kept.values()), default=0)
         many = self.record.epoch - max(oldest, self.record.since) >= limits.STATE_EPOCHS
@@ -342,6 +348,8 @@ class KeptImage:
         """As ``StateDirectory.closing``."""
         # Nobody else may change the image before it is recorded how it was left.
         fd: int | None = None
+        # What ends this early leaves the image as one that may have been written to.
+        stored = True
         try:
             if stored := await self._store_last():
                 with suppress(OSError):
