@@ -45,8 +45,7 @@ async def make_epoch(
         if commit:
             await environment.commits.commit(Pending(changes.put_image(opened)))
     except BaseException:
-        with trio.CancelScope(shield=True):
-            await end_epoch(epoch)
+        await end_epoch(epoch)
         raise
     return epoch, opened
 
@@ -59,16 +58,20 @@ async def end_epoch(epoch: Epoch | None) -> None:
             with suppress(OSError):
                 epoch.end()
 
-    await trio.to_thread.run_sync(end)
+    with trio.CancelScope(shield=True):
+        await trio.to_thread.run_sync(end)
 
 
 async def _opened(record: ImageRecord, node: Node, boot_id: str) -> ImageRecord:
     number = record.epoch + 1
     place, fd = hold_place(node)
+    # The descriptor is closed there, and would keep the image locked for ever.
+    with trio.CancelScope(shield=True):
+        identity = await trio.to_thread.run_sync(_identify_and_close, fd)
     return msgspec.structs.replace(
         record,
         key=place.key,
-        identity=await trio.to_thread.run_sync(_identify_and_close, fd),
+        identity=identity,
         open=True,
         boot_id=boot_id,
         since=record.since if record.open else number,
