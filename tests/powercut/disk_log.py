@@ -117,6 +117,8 @@ class Replay:
         flushed = self._log.flushed_before(cut.end)
         self._apply(self._disk, self._flushed, flushed)
         self._flushed = flushed
+        # A new file: mount(8) takes a loop device over an old one for the same disk still.
+        path.unlink(missing_ok=True)
         subprocess.run(["cp", "--reflink=auto", "--sparse=always", self._disk, path], check=True)
         self._apply(path, flushed, cut.end, lambda: draw.random() < cut.kept)
 
