@@ -35,7 +35,8 @@ from blockd.state.environment import Environment, Listener
 from blockd.state.epochs import forget
 from blockd.state.first_looks import FirstLooks
 from blockd.state.host import Boot, this_boot
-from blockd.state.image import Kept, KeptImage
+from blockd.state.image import KeptImage
+from blockd.state.kept import Kept
 from blockd.state.loading import put_in, recover_image, unused_pieces
 from blockd.state.lock import DirectoryLock
 from blockd.state.opened import Opened

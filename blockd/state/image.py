@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 
 import msgspec
 import trio
@@ -26,20 +25,12 @@ from blockd.state.environment import Environment
 from blockd.state.epoch import Epoch
 from blockd.state.epochs import delete_before, end_epoch, hold_place, make_epoch
 from blockd.state.journal import ImageJournal
+from blockd.state.kept import Kept
 from blockd.state.losses import Losses
-from blockd.state.places import identify
-from blockd.state.records import ArmedRow, BitmapRecord, BitmapTitle, Identity, ImageRecord
+from blockd.state.places import sync_and_identify
+from blockd.state.records import ArmedRow, BitmapTitle, Identity, ImageRecord
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """What is stored of a bitmap: the record, and the bitmap's counts that it is of."""
-
-    record: BitmapRecord
-    version: int
-    gains: int
 
 
 class KeptImage:
@@ -206,13 +197,7 @@ class KeptImage:
 
     def _changed(self, bitmap: DirtyBitmap) -> bool:
         kept = self._kept.get(bitmap)
-        return (
-            kept is None
-            or kept.version != bitmap.version
-            or kept.gains != bitmap.gains
-            or kept.record.title.recording != bitmap.recording
-            or kept.record.reason != bitmap.reason
-        )
+        return kept is None or kept.differs(bitmap)
 
     def _lacks(self, bitmap: DirtyBitmap) -> bool:
         """Whether what is stored, with the marks, may have less than the bitmap."""
@@ -385,7 +370,7 @@ class KeptImage:
 
     async def _record_closed(self, fd: int) -> None:
         try:
-            identity = await trio.to_thread.run_sync(_sync_and_identify, fd)
+            identity = await trio.to_thread.run_sync(sync_and_identify, fd)
             await self._commits.commit(Pending(self._closing_change(identity)))
         except OSError as error:
             await self._poison(error)
@@ -401,9 +386,3 @@ class KeptImage:
         self.record = msgspec.structs.replace(self.record, open=False, identity=identity)
         disarm = changes.disarm(self.record.row, self.record.epoch + 1)
         return changes.all_of(changes.put_image(self.record), disarm)
-
-
-def _sync_and_identify(fd: int) -> Identity:
-    """The times, too, are what they will be after a power cut."""
-    os.fsync(fd)
-    return identify(fd)

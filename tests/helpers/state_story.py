@@ -40,7 +40,7 @@ class World:
 
 def pretend(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the store believe what ``world`` says of the image."""
-    for module in ("directory", "image", "epochs"):
+    for module in ("directory", "places", "epochs"):
         monkeypatch.setattr(f"blockd.state.{module}.identify", world.identify)
 
 
