@@ -167,7 +167,7 @@ class Metadata:
                 mapping.l1[:] if mapping.l1_moved else None,
             ),
             size_bytes=self.size_bytes,
-            freed=refcounts.take_freed(),
+            freed=join_runs(refcounts.take_freed()),
         )
         refcounts.dirty_entries.clear()
         mapping.dirty_entries.clear()
@@ -295,6 +295,20 @@ def _in_use(header: Header) -> Header:
     if header.version < 3:
         return header
     return replace(header, incompatible=header.incompatible | Incompatible.DIRTY)
+
+
+def join_runs(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same clusters, each as often: a (first, count) goes on with what begins at its end.
+
+    A guest that discards its disk frees one cluster at a time, and each run costs a discard.
+    """
+    joined: list[tuple[int, int]] = []
+    for first, count in sorted(runs):
+        if joined and sum(joined[-1]) == first:
+            joined[-1] = (joined[-1][0], joined[-1][1] + count)
+        else:
+            joined.append((first, count))
+    return joined
 
 
 def _changed_parts(table: _TopTable) -> list[Change]:
