@@ -2,7 +2,7 @@
 
 from blockd.backup.audit_job import AuditJob
 from blockd.backup.backup_job import BackupJob, JobRecord
-from blockd.backup.checks import plan_backup
+from blockd.backup.checks import check_not_same, plan_backup
 from blockd.backup.copier import OnErrors
 from blockd.backup.copy_before_write import (
     CopyBeforeWriteDriver,
@@ -32,5 +32,6 @@ __all__ = [
     "Performance",
     "SnapshotAccessDriver",
     "Sync",
+    "check_not_same",
     "plan_backup",
 ]

@@ -22,7 +22,7 @@ def plan_backup(
     where the filter node that the user named can't be made.
     """
     used = choose_bitmap(request, source.bitmaps)
-    _check_not_same(source, target)
+    check_not_same(source, target)
     if request.compress and not target.driver.compresses:
         # QEMU names a device here, which none is.
         raise BlockdError("Compression is not supported for this drive ")
@@ -47,7 +47,8 @@ def plan_backup(
     )
 
 
-def _check_not_same(source: Node, target: Node) -> None:
+def check_not_same(source: Node, target: Node) -> None:
+    """Raise ``BlockdError`` where both are one node, or two over the same file."""
     if source is target:
         raise BlockdError("Source and target cannot be the same")
     storage = source.driver.identity

@@ -128,6 +128,7 @@ async def test_a_cancelled_one_says_nothing(rig: Rig) -> None:
         ({"bitmap": "no"}, "not found"),
         ({"bitmap": "off"}, "disabled"),
         ({"target": "small"}, "different sizes"),
+        ({"target": "disk"}, "cannot be the same"),
         ({"job_id": "!"}, "Invalid job ID"),
         ({"speed": -1}, "speed"),
     ],

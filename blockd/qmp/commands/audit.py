@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, nullcontext
 from functools import partial
 
-from blockd.backup import AuditJob
+from blockd.backup import AuditJob, check_not_same
 from blockd.block import Node, Role
 from blockd.errors import BlockdError
 from blockd.job import Group
@@ -31,6 +31,7 @@ def _make_job(services: Services, arguments: XBlockdAudit) -> AuditJob:
     bitmap.check_usable(to_change=True)
     if not bitmap.recording:
         raise BlockdError(f"Bitmap '{bitmap.name}' is disabled: nobody knows what it should have")
+    check_not_same(node, target)
     if node.size_bytes != target.size_bytes:
         raise BlockdError("Node and target have different sizes")
     services.jobs.check_id(arguments.job_id)
