@@ -91,6 +91,8 @@ def _check_persistent(services: Services, node: Node, name: str, granularity_byt
     if store is None or (archive.keeps_any and not store.keeps_any):
         archive.check_persistent(node)
     else:
+        # An image looks at the names that there are first, in QEMU.
+        node.bitmaps.check_new(name, granularity_bytes)
         node.keeper.check_new(name, granularity_bytes)
 
 
