@@ -83,7 +83,8 @@ class ImageRecord(msgspec.Struct, frozen=True):
     ``open``: it may have been written to since ``identity`` was taken in the boot ``boot_id``;
     armed regions, and the marks of the epochs from ``since`` to ``epoch``, tell where. Else it
     was closed cleanly, as ``identity`` has it. ``left_ns``: when the daemon that had it open was
-    last alive, by the wall clock; None while one has it, so far as is known. ``largest_bytes``: as
+    last alive, by the wall clock; None while one has it, so far as is known, and where none was
+    there to record it before the machine was started again. ``largest_bytes``: as
     ``NodeBitmaps`` has it.
     """
 

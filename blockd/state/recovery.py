@@ -134,10 +134,14 @@ def _differs(then: Identity, now: Circumstances) -> bool:
 
 def _changed_since(image: ImageRecord, now: Circumstances, *, same_boot: bool) -> bool:
     """Whether an image that was open was written to after our daemon had gone."""
-    if not same_boot:
-        return now.identity.changed_ns > now.boot_time_ns
+    changed_ns = now.identity.changed_ns
+    if not now.moved:
+        # What was copied over it may have brought its old time along, but not this one.
+        changed_ns = max(changed_ns, now.identity.inode_changed_ns)
+    if not same_boot and image.left_ns is None:
+        return changed_ns > now.boot_time_ns
     late_ns = limits.STATE_HEARTBEAT_LATE_SECONDS * _NS
-    return now.identity.changed_ns > (image.left_ns or 0) + late_ns
+    return changed_ns > (image.left_ns or 0) + late_ns
 
 
 def _judge_state(stored: Stored, boot_id: str) -> Reason | None:

@@ -58,6 +58,12 @@ def write_some_time_after_the_kill(disk: KeptDisk) -> None:
     os.utime(disk.image, (later, later))
 
 
+def write_over_it_with_its_old_time(disk: KeptDisk) -> None:
+    """As ``cp -p`` and ``rsync --inplace --times`` do."""
+    disk.was_killed_long_ago()
+    write_and_set_the_time_back(disk)
+
+
 def check_way_out(disk: KeptDisk) -> None:
     disk.change_bitmap("clear")
     assert "reason" not in disk.infos()["b"]
@@ -82,7 +88,7 @@ def test_a_change_after_a_clean_end_is_found_out(
 
 @pytest.mark.parametrize(
     "change",
-    [write_some_time_after_the_kill, replace_by_a_copy],
+    [write_some_time_after_the_kill, write_over_it_with_its_old_time, replace_by_a_copy],
     ids=lambda change: str(change.__name__),
 )
 def test_a_change_after_a_kill_is_found_out(

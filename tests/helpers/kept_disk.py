@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from blockd import limits
 from blockd.bitmap import Bits
 from blockd.qmp.types.event import EVENTS
 from blockd.state.disk import HostDisk
@@ -84,10 +83,10 @@ class KeptDisk:
         self.qmp.close()
 
     def was_killed_long_ago(self) -> None:
-        """Put the kill, and the last write before it, ten seconds back."""
-        then_ns = time.time_ns() - 10 * 10**9
-        os.utime(self.image, ns=(then_ns, then_ns))
-        Heartbeat(HostDisk(str(self.state / "marks"))).note(then_ns)
+        """Put the kill so far back that from now on a write to the image is too late for it."""
+        late_ns = limits.STATE_HEARTBEAT_LATE_SECONDS * 10**9
+        last_alive_ns = self.image.stat().st_ctime_ns - late_ns
+        Heartbeat(HostDisk(str(self.state / "marks"))).note(last_alive_ns)
 
     def quit(self) -> None:
         self.qmp.execute("quit")
