@@ -109,6 +109,9 @@ QCOW2_GROWTH_BYTES = 64 * MIB
 #: Reads and writes of an image's file up to this size are tried inline: 50 us of copying, about
 #: what a hop to a thread costs.
 QCOW2_INLINE_BYTES = 256 * KIB
+#: File systems give back room in blocks of this size. Less than one is not discarded: that costs a
+#: hop to a thread, for each of some thousand clusters of 512 bytes at times, and gains nothing.
+QCOW2_DISCARD_BYTES = 4 * KIB
 #: Runs of freed clusters that wait for the next write-back, before it is made for them.
 QCOW2_FREED_RUNS = 65536
 #: Clusters that one write allocates at once; also how much it may put together in memory.

@@ -53,6 +53,7 @@ UNTOLD = {"cluster_free"}
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "QCOW2_GROWTH_BYTES", 64 * limits.KIB)
+    monkeypatch.setattr(limits, "QCOW2_DISCARD_BYTES", CLUSTER)
 
 
 class Disk:

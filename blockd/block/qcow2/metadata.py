@@ -269,10 +269,12 @@ class Metadata:
             self._waiting.pop(0)
 
     async def _discard(self, offset: int, length: int) -> None:
-        if self._discard_freed:
-            # It only gives back room.
+        """It only gives back room, so errors don't count, nor what is less than a block."""
+        block = limits.QCOW2_DISCARD_BYTES
+        start, end = -(-offset // block) * block, (offset + length) // block * block
+        if self._discard_freed and start < end:
             with suppress(OSError):
-                await self._file.node.discard(offset, length)
+                await self._file.node.discard(start, end - start)
 
     async def close(self) -> None:
         """Write all back, give back the file's unused end, and clear the dirty bit.
