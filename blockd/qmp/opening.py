@@ -105,6 +105,8 @@ class Opening:
             reference,
             common,
             owned=False,
+            # Who names it can give it bitmaps, and expects them back.
+            top=reference.node_name is not None,
             hidden=self._hidden,
             above=above,
         )
@@ -146,9 +148,9 @@ async def open_node(
 ) -> Node:
     """Open what ``options`` describes, and put it into the graph with all that it stands on.
 
-    ``top``: it is to stand on top although no command owns it, so that it has its bitmaps of the
-    archive, too. ``hidden``: commands find neither it nor what is made for it. ``above``: how many
-    nodes are being made that stand on this one.
+    ``top``: it has its bitmaps of the archive although no command owns it, since it will be on top
+    or has a name to give it bitmaps by. ``hidden``: commands find neither it nor what is made for
+    it. ``above``: how many nodes are being made that stand on this one.
 
     Raises ``BlockdError``; then the graph is as it was.
     """

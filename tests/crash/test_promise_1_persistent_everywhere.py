@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.daemon import Daemon
-from tests.helpers.kept_disk import DISK_BYTES, KeptDisk
+from tests.helpers.kept_disk import DISK_BYTES, GRANULE_BYTES, KeptDisk
 from tests.helpers.loop_device import loop_device
 from tests.helpers.qcow2 import qemu_img
 from tests.helpers.qmp_client import QmpClient, QmpError
@@ -98,3 +98,29 @@ def test_without_a_state_directory_the_way_out_is_told(tmp_path: Path, daemon: D
         bitmap = {"node": "disk", "name": "b", "persistent": True}
         with pytest.raises(QmpError, match="start blockd with --state-dir"):
             qmp.execute("block-dirty-bitmap-add", bitmap)
+
+
+def test_a_node_that_is_made_along_with_another_has_its_own(tmp_path: Path) -> None:
+    """The file below a raw node, say, where that has a name."""
+    disk = KeptDisk(tmp_path)
+    file = {"driver": "file", "node-name": "below", "filename": str(disk.image)}
+    node = {"driver": "raw", "node-name": "disk", "file": file}
+    added = {"node": "below", "name": "b", "persistent": True, "granularity": GRANULE_BYTES}
+    try:
+        for life in range(3):
+            disk.daemon.start()
+            disk.qmp = QmpClient(disk.daemon.qmp_path)
+            disk.qmp.execute("blockdev-add", node)
+            if not life:
+                disk.qmp.execute("block-dirty-bitmap-add", added)
+            address = {"type": "unix", "data": {"path": str(disk.directory / "nbd.sock")}}
+            disk.qmp.execute("nbd-server-start", {"addr": address})
+            disk.export()
+            disk.write([life])
+            rows = disk.qmp.execute("query-named-block-nodes")
+            (row,) = (row for row in rows if row["node-name"] == "below")
+            (info,) = row["dirty-bitmaps"]
+            assert info["count"] == (life + 1) * GRANULE_BYTES
+            disk.kill()
+    finally:
+        disk.end()
