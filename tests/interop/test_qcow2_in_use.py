@@ -127,7 +127,7 @@ def test_an_image_is_not_read_while_another_node_writes_to_it(
 
     with QmpClient(daemon.qmp_path) as client:
         client.execute("blockdev-add", options("disk", image, read_only=False))
-        refusal = 'Could not open backing file: Failed to get shared "write" lock'
+        refusal = 'Could not open backing file: Failed to get shared "resize" lock'
         with pytest.raises(QmpError, match=refusal):
             client.execute("blockdev-add", options("overlay", overlay, read_only=False))
         reopened = options("disk", image, read_only=True)
@@ -170,6 +170,6 @@ def test_an_image_that_others_stand_on_is_not_opened_for_writing(
         disk = {"driver": "qcow2", "node-name": "disk", "file": protocol(top)}
         client.execute("blockdev-add", disk)
         second = {"driver": "qcow2", "node-name": "second", "file": protocol(base)}
-        with pytest.raises(QmpError, match='Failed to get "resize" lock'):
+        with pytest.raises(QmpError, match='Failed to get "write" lock'):
             client.execute("blockdev-add", second)
         client.execute("blockdev-add", {**second, "read-only": True})
