@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tests.guest.initrd import libraries_of
 
@@ -35,19 +37,35 @@ def module_path() -> str:
 
 def python_files() -> Mapping[str, bytes]:
     """All that is to be in the guest, by path."""
-    listed = subprocess.run(
-        [sys.executable, "-c", LIST_MODULES], cwd=ROOT, check=True, capture_output=True, text=True
-    )
     files, linked = {}, [interpreter()]
-    for line in listed.stdout.splitlines():
-        path, compiled = line.split("\t")
-        if path.endswith(".so"):
-            linked.append(path)
-        elif compiled != path and Path(compiled).exists():
-            files[f"{path}c"] = Path(compiled).read_bytes()
-        else:
-            files[path] = Path(path).read_bytes()
+    with TemporaryDirectory(prefix="blockd-compiled-") as directory:
+        for path, compiled in _modules(directory):
+            if path.endswith(".so"):
+                linked.append(path)
+            elif compiled != path and Path(compiled).exists():
+                files[f"{path}c"] = Path(compiled).read_bytes()
+            else:
+                files[path] = Path(path).read_bytes()
     for path in [*linked, *libraries_of(*linked)]:
         files[path] = Path(path).read_bytes()
     files["cut.sh"] = (HERE / "cut.sh").read_bytes()
     return files
+
+
+def _modules(directory: str) -> list[tuple[str, str]]:
+    """The paths of the modules and of their compiled forms, which are made in ``directory``.
+
+    Those that are there already may be of older sources.
+    """
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": directory}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    listed = subprocess.run(
+        [sys.executable, "-c", LIST_MODULES],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    lines = (line.split("\t") for line in listed.stdout.splitlines())
+    return [(path, compiled) for path, compiled in lines]
