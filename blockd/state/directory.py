@@ -101,10 +101,7 @@ class StateDirectory:
         return directory
 
     async def begin(self) -> None:
-        """Record when a daemon was last alive, for the images that it had open then.
-
-        After a power cut what the heartbeat says may be much too old.
-        """
+        """Record when a daemon was last alive, for what it had open; not of an earlier boot."""
         left_ns, boot_id = self._opened.heartbeat.last_ns, self._boot.boot_id
         for row, image in self._images.items():
             if image.open and image.left_ns is None and image.boot_id == boot_id:
