@@ -210,7 +210,7 @@ class BackupJob(Job):
         finally:
             self._remove_hooks()
             if self._frozen is not None:
-                self._frozen.conclude(succeeded=False, unsaved=None)
+                self._frozen.conclude(self._clusters, succeeded=False, unsaved=None)
 
     async def _drain(self) -> bool:
         """Bring all that is kept to the target, which has to be there, though it ended soon."""
@@ -225,7 +225,7 @@ class BackupJob(Job):
         """Take the view out and unfreeze the bitmap, in one step."""
         self._remove_hooks()
         if self._frozen is not None:
-            self._frozen.conclude(succeeded=succeeded, unsaved=unsaved)
+            self._frozen.conclude(self._clusters, succeeded=succeeded, unsaved=unsaved)
             self._bitmap_knows_all = succeeded or self._frozen.forgets_after_failure
 
     def _hooks(self) -> list[BeforeWrite]:

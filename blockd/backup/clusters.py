@@ -31,6 +31,13 @@ from blockd.bitmap import Bits
 _STEP_CLUSTERS = 1 << 16
 
 
+def runs_of(clusters: BitMap64) -> list[tuple[int, int]]:
+    """The runs of clusters next to each other, in order."""
+    shifted = clusters.shift(1)
+    firsts, ends = (clusters - shifted).to_array(), (shifted - clusters).to_array()
+    return list(zip(firsts, ends, strict=True))
+
+
 class ReadClaim:
     """Clusters from ``first`` up to ``end`` whose old data is being read, by one task."""
 
@@ -76,6 +83,8 @@ class Clusters:
         self.reading: dict[int, ReadClaim] = {}
         #: Their old data is not known to be on the target, which may have something else there.
         self.unsaved = BitMap64()
+        #: A write of them to the target failed, so what it has there may be neither old nor new.
+        self.torn = BitMap64()
         self._given_back: deque[tuple[int, int]] = deque()
         self._concluded = 0
         self._total: int | None = None
@@ -206,9 +215,14 @@ class Clusters:
         if claim.first < claim.end:
             self._offer(claim.first, claim.end)
 
+    def tear(self, first: int, end: int) -> None:
+        """The target refused the old data of a run, and may have taken some of it."""
+        self.torn.add_range(first, end)
+
     def save(self, first: int, end: int) -> None:
         """The old data of a settled run is on the target."""
         self.unsaved.remove_range(first, end)
+        self.torn.remove_range(first, end)
         self._conclude(end - first)
 
     def skip(self, count: int) -> None:
@@ -259,10 +273,7 @@ class Clusters:
         Ask when nothing moves any more.
         """
         for step in self._steps():
-            unsaved = (step - self.settled) | (step & self.unsaved)
-            shifted = unsaved.shift(1)
-            firsts, ends = (unsaved - shifted).to_array(), (shifted - unsaved).to_array()
-            yield list(zip(firsts, ends, strict=True))
+            yield runs_of((step - self.settled) | (step & self.unsaved))
 
     def _steps(self) -> Iterator[BitMap64]:
         """The wanted clusters in order, some at a time."""

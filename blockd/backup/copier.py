@@ -213,6 +213,7 @@ class Copier:
             # No place for them. The other way of copying meets the error again.
             self._sweep_failed = True
         except BaseException:
+            clusters.tear(sweep.swept.written_end, sweep.swept.read_end)
             clusters.give_back(claim)
             raise
         return self._end_sweep(claim, sweep.swept, buffer)
@@ -223,6 +224,7 @@ class Copier:
 
     def _end_sweep(self, claim: ReadClaim, swept: Swept, buffer: memoryview) -> deque[OldData]:
         clusters = self._clusters
+        clusters.tear(swept.written_end, swept.read_end)
         if self.hook.abandoned:
             # Once guests are let go, what was read may be newer than the start.
             clusters.give_back(claim)
@@ -330,6 +332,7 @@ class Copier:
             try:
                 await self._storing.store(held.data)
             except OSError as error:
+                self._clusters.tear(held.data.first, held.data.end)
                 _log.warning("job '%s': kept data is lost, writing failed: %s", self._job.id, error)
                 return False
             self._saved(held.data)
@@ -340,6 +343,7 @@ class Copier:
         try:
             await self._storing.store(data)
         except OSError as error:
+            self._clusters.tear(data.first, data.end)
             action = self._decide("write", error)
             if action is ErrorAction.REPORT:
                 raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from blockd.backup.clusters import Clusters
+from blockd.backup.clusters import Clusters, runs_of
 from blockd.backup.plan import BitmapMode, Sync, UsedBitmap, conclude_bitmap
 from blockd.bitmap import Bits
 
@@ -46,13 +46,22 @@ class FrozenBitmap:
             await trio.lowlevel.checkpoint()
         return rest
 
-    def conclude(self, *, succeeded: bool, unsaved: Bits | None) -> None:
+    def conclude(self, clusters: Clusters, *, succeeded: bool, unsaved: Bits | None) -> None:
         """Unfreeze the bitmap; ``unsaved`` None: that may be everything. Later calls do nothing."""
         if self._concluded:
             return
         self._concluded = True
         rest = self._everything() if unsaved is None else unsaved
-        conclude_bitmap(self._freeze, self._mode, succeeded=succeeded, rest=rest)
+        torn = self._list_torn(clusters)
+        conclude_bitmap(self._freeze, self._mode, succeeded=succeeded, rest=rest, torn=torn)
+
+    def _list_torn(self, clusters: Clusters) -> Bits | None:
+        if not clusters.torn:
+            return None
+        torn = self._freeze.snapshot.empty_copy()
+        for first, end in runs_of(clusters.torn):
+            torn.mark(first << clusters.shift, clusters.length(first, end))
+        return torn
 
     def _everything(self) -> Bits:
         if self._sync.by_bitmap:

@@ -168,16 +168,22 @@ def _find_bitmap(name: str, bitmaps: NodeBitmaps) -> DirtyBitmap:
         raise BlockdError(f"Bitmap '{name}' could not be found") from None
 
 
-def conclude_bitmap(freeze: Freeze, mode: BitmapMode, *, succeeded: bool, rest: Bits) -> None:
+def conclude_bitmap(
+    freeze: Freeze, mode: BitmapMode, *, succeeded: bool, rest: Bits, torn: Bits | None
+) -> None:
     """End the freeze, for good: in one step, as the bitmap's mode says.
 
     ``rest`` is what the job had still to copy, or could not copy: every cluster of which it is
-    not certain that it is on the target, durably. It is given away with the call.
+    not certain that it is on the target, durably. ``torn`` is what it may have damaged there: a
+    cluster has clean granules too, where granules are smaller. Both are given away with the call.
     """
     match mode:
         case BitmapMode.ON_SUCCESS if succeeded:
             freeze.abdicate(rest)
         case BitmapMode.ALWAYS:
+            if torn is not None:
+                torn.resize(rest.size_bytes)
+                rest.merge(torn)
             freeze.abdicate(rest)
         case BitmapMode.ON_SUCCESS | BitmapMode.NEVER:
-            freeze.reclaim()
+            freeze.reclaim(torn)

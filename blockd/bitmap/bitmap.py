@@ -47,7 +47,7 @@ class Freeze:
         self,
         snapshot: Bits,
         successor: Bits,
-        reclaim: Callable[[], None],
+        reclaim: Callable[[Bits | None], None],
         abdicate: Callable[[Bits | None], None],
     ) -> None:
         #: The bits at the instant of the freeze; nobody changes them until it ends.
@@ -58,10 +58,14 @@ class Freeze:
         self._abdicate = abdicate
         self._spent = False
 
-    def reclaim(self) -> None:
-        """The backup failed: the bitmap is what it was, and what was written since."""
+    def reclaim(self, torn: Bits | None = None) -> None:
+        """The backup failed: the bitmap is what it was, what was written since, and ``torn``.
+
+        ``torn`` is what the backup may have damaged on the target, in the bitmap's granularity. It
+        is given away with the call.
+        """
         self._spend()
-        self._reclaim()
+        self._reclaim(torn)
 
     def abdicate(self, keep: Bits | None = None) -> None:
         """The backup is durable: the bitmap is what was written since, and ``keep``.
@@ -346,9 +350,15 @@ class DirtyBitmap:
         self._state = state
         self._owner.recording_changed()
 
-    def _reclaim(self) -> None:
+    def _reclaim(self, torn: Bits | None) -> None:
         frozen = self._frozen()
         frozen.snapshot.merge(frozen.successor)
+        if torn is not None:
+            # As below.
+            torn.resize(frozen.snapshot.size_bytes)
+            frozen.snapshot.merge(torn)
+            self.version += 1
+            self.gains += 1
         self._become(idle(frozen.snapshot, recording=frozen.recording))
 
     def _abdicate(self, keep: Bits | None) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import trio
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
@@ -322,7 +322,27 @@ def play(program: Program) -> Outcome:
         return trio.run(run, program, clock=MockClock(autojump_threshold=0))
 
 
+#: A target that refuses a cluster may have damaged granules of it that nobody had written to.
+TORN_BESIDE_A_GRANULE = Program(
+    content=bytes(3),
+    granularity_bytes=512,
+    sync=Sync.INCREMENTAL,
+    mode=ON_SUCCESS,
+    policy=OnError.REPORT,
+    before=[Write("write", 0, 1, 1), Write("write", CLUSTER + 512, 1, 1)],
+    guests=[[Write("write", 0, 1, 1, turns=3)]],
+    troubles=[
+        Trouble("source", "read", 1, errno.EIO),
+        Trouble("target", "write", 1, errno.EIO),
+    ],
+    resumed=False,
+    threads=True,
+    recording=False,
+)
+
+
 @settings(max_examples=800, deadline=None)
+@example(TORN_BESIDE_A_GRANULE)
 @given(programs())
 def test_no_interleaving_loses_a_change(program: Program) -> None:
     play(program)
