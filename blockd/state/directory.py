@@ -13,8 +13,6 @@ import logging
 import os
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
-    Callable,
     Collection,
     Mapping,
     Sequence,
@@ -29,6 +27,7 @@ from blockd.bitmap import DirtyBitmap
 from blockd.block import FileDriver, Node
 from blockd.errors import BlockdError
 from blockd.state import changes
+from blockd.state.bounded import Bounded
 from blockd.state.commits import Commits, Pending
 from blockd.state.disk import Disk, HostDisk
 from blockd.state.environment import Environment, Listener
@@ -57,6 +56,7 @@ class StateDirectory:
     ) -> None:
         """For ``open``, and for tests."""
         self._nursery = nursery
+        self._bounded = Bounded(nursery)
         self._listener = listener
         self._boot = boot
         self._opened = opened
@@ -268,10 +268,10 @@ class StateDirectory:
             if keeper is not None:
                 await keeper.checkpoint(whole=False)
 
-        if await self._bounded(store):
+        if await self._bounded.do(store):
             return True
         if keeper := self._attached.get(node):
-            await self._bounded(keeper.give_up_storing, limits.STATE_POISON_SECONDS)
+            await self._bounded.do(keeper.give_up_storing, limits.STATE_POISON_SECONDS)
         return False
 
     async def _adopt(self, node: Node) -> KeptImage | None:
@@ -356,29 +356,7 @@ class StateDirectory:
 
     async def _commit(self, change: changes.Apply) -> bool:
         pending = Pending(change)
-        return await self._bounded(lambda: self._environment.commits.commit(pending))
-
-    async def _bounded(
-        self, work: Callable[[], Awaitable[None]], seconds: float | None = None
-    ) -> bool:
-        """Whether ``work`` was done in time, and did not fail. It is not cut off."""
-        ended = trio.Event()
-        done = False
-
-        async def run() -> None:
-            nonlocal done
-            try:
-                await work()
-                done = True
-            except OSError as error:
-                _log.error("the state directory can't be written to: %s", error)
-            finally:
-                ended.set()
-
-        self._nursery.start_soon(run)
-        with trio.move_on_after(limits.STATE_KEEP_SECONDS if seconds is None else seconds):
-            await ended.wait()
-        return done
+        return await self._bounded.do(lambda: self._environment.commits.commit(pending))
 
     async def _beat(self) -> None:
         """Note the time, and store what is due."""
