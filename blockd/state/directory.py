@@ -29,16 +29,15 @@ from blockd.errors import BlockdError
 from blockd.state import changes
 from blockd.state.bounded import Bounded
 from blockd.state.commits import Commits, Pending
-from blockd.state.disk import Disk, HostDisk
+from blockd.state.disk import Disk
 from blockd.state.environment import Environment, Listener
 from blockd.state.epochs import forget
 from blockd.state.first_looks import FirstLooks
-from blockd.state.host import Boot, this_boot
+from blockd.state.host import Boot
 from blockd.state.image import KeptImage
 from blockd.state.kept import Kept
 from blockd.state.loading import put_in, recover_image, unused_pieces
-from blockd.state.lock import DirectoryLock
-from blockd.state.opened import Opened
+from blockd.state.opened import Opened, open_directory
 from blockd.state.places import Place, find_place, identify, shape_of
 from blockd.state.records import Identity, ImageRecord, JobRecord
 from blockd.state.recovery import Circumstances, is_another, judge_image
@@ -81,19 +80,8 @@ class StateDirectory:
         Raises ``BlockdError`` where another daemon has it, where a newer blockd made it, and where
         it can't be used at all. A damaged one is used: its bitmaps will be all dirty.
         """
-
-        def prepare() -> tuple[Opened, Boot, Disk]:
-            os.makedirs(path, mode=0o700, exist_ok=True)
-            lock = DirectoryLock(path)
-            try:
-                disk = HostDisk(os.path.join(path, "marks"))
-                return Opened(path, disk, lock), this_boot(), disk
-            except BaseException:
-                lock.release()
-                raise
-
         try:
-            opened, boot, disk = await trio.to_thread.run_sync(prepare)
+            opened, boot, disk = await trio.to_thread.run_sync(open_directory, path)
         except OSError as error:
             raise BlockdError(f"The state directory '{path}' can't be used: {error}") from error
         directory = cls(nursery, listener, opened, boot, disk)

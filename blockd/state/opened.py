@@ -6,10 +6,11 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 from blockd.state.database import open_database
-from blockd.state.disk import Disk
-from blockd.state.host import Heartbeat
+from blockd.state.disk import Disk, HostDisk
+from blockd.state.host import Boot, Heartbeat, this_boot
 from blockd.state.loading import load_images, load_jobs
 from blockd.state.lock import DirectoryLock
 
@@ -43,3 +44,17 @@ class Opened:
         self._disk.end()
         self.database.close()
         self._lock.release()
+
+
+def open_directory(path: str) -> tuple[Opened, Boot, Disk]:
+    """Make or open the one at ``path``. Blocks. Raises ``OSError`` and ``BlockdError``."""
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    with ExitStack() as undo:
+        lock = DirectoryLock(path)
+        undo.callback(lock.release)
+        disk = HostDisk(os.path.join(path, "marks"))
+        undo.callback(disk.end)
+        boot = this_boot()
+        opened = Opened(path, disk, lock)
+        undo.pop_all()
+        return opened, boot, disk

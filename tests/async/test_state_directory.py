@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -204,3 +206,22 @@ async def test_a_second_daemon_is_refused_by_name(path: Path, nursery: trio.Nurs
     await first.close()
     second = await StateDirectory.open(str(path), nursery, Heard())
     await second.close()
+
+
+def open_files() -> dict[str, str]:
+    """This process's descriptors, and what each is of."""
+    here = Path("/proc/self/fd")
+    return {fd.name: os.readlink(fd) for fd in here.iterdir() if fd.exists()}
+
+
+async def test_a_directory_that_can_not_be_used_is_let_go_of(
+    path: Path, nursery: trio.Nursery
+) -> None:
+    first = await StateDirectory.open(str(path), nursery, Heard())
+    await first.close()
+    with closing(sqlite3.connect(path / "state.db")) as database:
+        database.execute("PRAGMA user_version = 99")
+    before = open_files()
+    with pytest.raises(BlockdError, match="made by a newer blockd"):
+        await StateDirectory.open(str(path), nursery, Heard())
+    assert open_files() == before
