@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
 
+from blockd.state.own_directory import make_own
+
 
 class Disk(Protocol):
     """One directory of files. All calls block and raise ``OSError``.
@@ -52,8 +54,8 @@ class HostDisk:
     """The host's file system."""
 
     def __init__(self, path: str) -> None:
-        """The directory is made where it is not there."""
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        """As ``make_own``, and it is held from then on."""
+        make_own(path)
         self._directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def end(self) -> None:

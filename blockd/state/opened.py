@@ -13,6 +13,7 @@ from blockd.state.disk import Disk, HostDisk
 from blockd.state.host import Boot, Heartbeat, this_boot
 from blockd.state.loading import load_images, load_jobs
 from blockd.state.lock import DirectoryLock
+from blockd.state.own_directory import make_own
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Opened:
 
 def open_directory(path: str) -> tuple[Opened, Boot, Disk]:
     """Make or open the one at ``path``. Blocks. Raises ``OSError`` and ``BlockdError``."""
-    os.makedirs(path, mode=0o700, exist_ok=True)
+    make_own(path)
     with ExitStack() as undo:
         lock = DirectoryLock(path)
         undo.callback(lock.release)
