@@ -6,6 +6,7 @@ have it, can't be found out in any other way.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
@@ -16,6 +17,8 @@ from blockd.bitmap import Bits, DirtyBitmap, Pin, Pinned, Reason
 from blockd.block import Node
 from blockd.extent import Extent
 from blockd.job import Job, JobError
+
+_log = logging.getLogger(__name__)
 
 
 class AuditJob(Job):
@@ -91,7 +94,8 @@ class AuditJob(Job):
                 raise JobError(
                     f"Node '{self._source.name}' differs from its backup between bytes "
                     f"{still_clean.offset} and {still_clean.end}, where bitmap "
-                    f"'{self._bitmap.name}' was clean: now all of it is dirty"
+                    f"'{self._bitmap.name}' was clean: now all of it is dirty, and the next "
+                    "backup with it copies everything"
                 )
 
     async def prepare(self) -> None:
@@ -104,7 +108,11 @@ class AuditJob(Job):
         self._unpin()
         if self._differs:
             self._mark_all()
-            await self._keep()
+            # Whoever hears of it may rely on it, even if the daemon is killed then.
+            try:
+                await self._keep()
+            finally:
+                self._tell()
         else:
             await trio.lowlevel.checkpoint()
 
@@ -113,6 +121,13 @@ class AuditJob(Job):
         bits.mark_all()
         self._bitmap.put_back(bits)
         self._bitmap.reason = Reason.IMAGE_CHANGED
+
+    def _tell(self) -> None:
+        _log.warning(
+            "bitmap '%s' of node '%s' is all dirty: the disk differs from its last backup",
+            self._bitmap.name,
+            self._source.name,
+        )
         event = {"node-name": self._source.name, "name": self._bitmap.name}
         reason = {"reason": Reason.IMAGE_CHANGED.value, "inconsistent": False}
         self._bus.publish("BLOCK_DIRTY_BITMAP_RECOVERED", event | reason)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from blockd import limits
 from blockd.errors import BlockdError
@@ -80,6 +81,18 @@ async def test_one_byte_makes_everything_dirty(rig: Rig, at: int) -> None:
     assert rig.nodes["disk"].bitmaps.infos()[0].reason is None
 
 
+async def test_nobody_hears_of_it_before_a_kill_would_leave_it_so(rig: Rig) -> None:
+    rig.disk.data[5 * PIECE] ^= 1
+    rig.archive.ready = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.audit)
+        await wait_all_tasks_blocked()
+        assert rig.bitmap.count_bytes >= SIZE
+        assert "BLOCK_DIRTY_BITMAP_RECOVERED" not in [event.name for event in rig.events]
+        rig.archive.ready.set()
+    assert "BLOCK_DIRTY_BITMAP_RECOVERED" in [event.name for event in rig.events]
+
+
 async def test_what_guests_write_meanwhile_is_no_difference(rig: Rig) -> None:
     async with trio.open_nursery() as nursery:
         with rig.target.hold("read") as hold:
@@ -131,6 +144,12 @@ async def test_a_cancelled_one_says_nothing(rig: Rig) -> None:
         ({"target": "disk"}, "cannot be the same"),
         ({"job_id": "!"}, "Invalid job ID"),
         ({"speed": -1}, "speed"),
+        ({"sample": 0}, "'sample' of 0 bytes compares nothing.*leave it out"),
+        ({"sample": -1}, "sample"),
+        ({"sample": 1 << 64}, "sample"),
+        ({"sample": 0.5}, "sample"),
+        ({"sample": float("nan")}, "sample"),
+        ({"sample": True}, "sample"),
     ],
 )
 async def test_what_is_refused(rig: Rig, options: dict[str, Any], message: str) -> None:

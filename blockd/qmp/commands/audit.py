@@ -34,6 +34,11 @@ def _make_job(services: Services, arguments: XBlockdAudit) -> AuditJob:
     check_not_same(node, target)
     if node.size_bytes != target.size_bytes:
         raise BlockdError("Node and target have different sizes")
+    if arguments.sample == 0:
+        raise BlockdError(
+            "A 'sample' of 0 bytes compares nothing: give a number of bytes, or leave it out to "
+            "compare everything"
+        )
     services.jobs.check_id(arguments.job_id)
     return AuditJob(
         arguments.job_id,

@@ -104,7 +104,7 @@ class XBlockdAudit(Command, kw_only=True):
     QEMU has no such command. It is a job, to be dismissed when it has concluded. Where a clean
     granule differs the job fails, everything is dirty from then on, and the event
     BLOCK_DIRTY_BITMAP_RECOVERED tells it. ``target``: a node of the same size. ``sample``: look at
-    so many bytes only, in random places. ``speed``: bytes per second, 0 for no limit.
+    so many bytes only, at least 1, in random places. ``speed``: bytes per second, 0 for no limit.
     """
 
     command: ClassVar[str] = "x-blockd-audit"
