@@ -26,6 +26,9 @@ class FileRoom:
         (self._block,) = struct.unpack(">Q", os.pread(self._fd, 8, self._table))
         assert self.header.refcount_order == 4
         self._freed: list[tuple[int, int]] = []
+        #: What was told of damage, and whether the next open is to look for leaks.
+        self.damage: list[str] = []
+        self.leaks = False
         self.metadata = BitMap64([0])
         tables = (self._table, 1), (self.header.l1_table_offset, self.header.l1_size * 8)
         for offset, length in (*tables, (self._block, 1)):
@@ -71,10 +74,16 @@ class FileRoom:
     def free(self, offset: int, length: int) -> None:
         self._freed.append((offset, length))
 
+    def tell_damage(self, reason: str) -> None:
+        self.damage.append(reason)
+
     async def flush(self) -> None:
         """All is there at once."""
 
-    async def change_header(self, change: Callable[[Header], Header]) -> None:
+    async def change_header(
+        self, change: Callable[[Header], Header], *, leaks: bool = False
+    ) -> None:
+        self.leaks |= leaks
         header = change(self.header)
         await self.write(0, header.build())
         self.header = header

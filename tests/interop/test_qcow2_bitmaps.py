@@ -281,7 +281,7 @@ def damage(image: Path, offset: int, form: str, value: int) -> None:
     ],
 )
 async def test_damage_costs_the_bitmaps_where_qemu_refuses_the_disk(
-    image: Path, caplog: pytest.LogCaptureFixture, offset: int, form: str, value: int
+    image: Path, offset: int, form: str, value: int
 ) -> None:
     qemu_img("bitmap", "--add", image, "b")
     damage(image, offset, form, value)
@@ -293,8 +293,11 @@ async def test_damage_costs_the_bitmaps_where_qemu_refuses_the_disk(
     assert image.read_bytes() == as_it_was
     here = await opened(image)
     assert here.bitmaps.list() == ()
-    words = caplog.messages[0].partition("lost: ")[2]
+    (words,) = here.room.damage
     assert words in str(theirs.value)
+    assert only_read.room.damage == [words]
+    assert here.room.leaks
+    assert not only_read.room.leaks
     # From before the first write on nobody believes them.
     assert flags(image) == {}
     here.add("c")
@@ -305,12 +308,11 @@ async def test_damage_costs_the_bitmaps_where_qemu_refuses_the_disk(
 
 
 @pytest.mark.parametrize("offset", [0, 65536, 3 * 65536, 1 << 40])
-async def test_tables_that_overlap_or_lie_outside_are_lost(
-    image: Path, caplog: pytest.LogCaptureFixture, offset: int
-) -> None:
+async def test_tables_that_overlap_or_lie_outside_are_lost(image: Path, offset: int) -> None:
     qemu_img("bitmap", "--add", image, "b")
     damage(image, 0, ">Q", offset)
     here = await opened(image)
     assert here.bitmaps.list() == ()
-    assert re.search(r"overlaps|beyond the end|constraints", caplog.text)
+    (damage_,) = here.room.damage
+    assert re.search(r"overlaps|beyond the end|constraints", damage_)
     assert flags(image) == {}

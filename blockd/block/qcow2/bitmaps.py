@@ -62,7 +62,10 @@ class Room(Protocol):
     async def allocate(self, length: int) -> int: ...
     def free(self, offset: int, length: int) -> None: ...
     async def flush(self) -> None: ...
-    async def change_header(self, change: Callable[[Header], Header]) -> None: ...
+    async def change_header(
+        self, change: Callable[[Header], Header], *, leaks: bool = False
+    ) -> None: ...
+    def tell_damage(self, reason: str) -> None: ...
 
 
 class Qcow2Bitmaps:
@@ -100,7 +103,7 @@ class Qcow2Bitmaps:
         try:
             return await self._load()
         except BlockdError as error:
-            log.warning("the bitmaps in an image are damaged, and lost: %s", error.message)
+            self.room.tell_damage(error.message)
             self._damaged, self._entries = True, []
             for clusters in self._claimed:
                 # They may be anything, such as the guest's.
@@ -333,7 +336,11 @@ class Qcow2Bitmaps:
 
     async def _put_header(self, bitmaps: BitmapsExtension | None) -> None:
         self._header_in_doubt = True
-        await self.room.change_header(lambda header: _with_bitmaps(header, bitmaps))
+        # What a damaged directory says of clusters is not to be relied on to free them: a guest's
+        # data may be there.
+        await self.room.change_header(
+            lambda header: _with_bitmaps(header, bitmaps), leaks=self._damaged
+        )
         self._header_in_doubt = self._damaged = False
 
     async def _put_directory(self, entries: list[BitmapEntry]) -> BitmapsExtension | None:

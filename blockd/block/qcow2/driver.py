@@ -55,7 +55,7 @@ class Qcow2Driver(Driver):
         self.child_changed()
 
     def _room(self) -> ImageRoom:
-        return ImageRoom(self._image_of_bitmaps, self._changing)
+        return ImageRoom(self._image_of_bitmaps, self._changing, self._tell_lost_bitmaps)
 
     def _image_of_bitmaps(self) -> Image:
         """Their image, which is not written to any more once it was found to be corrupt."""
@@ -220,6 +220,13 @@ class Qcow2Driver(Driver):
             yield image.changes
 
     # -- damage ------------------------------------------------------------------------------
+
+    def _tell_lost_bitmaps(self, reason: str) -> None:
+        """Only they are damaged, as far as anybody knows."""
+        message = f"The bitmaps in the image are damaged, and lost, so do a full backup: {reason}"
+        log.error("'%s': %s", self.filename, message)
+        if self.on_corruption is not None:
+            self.on_corruption(Corruption(message, fatal=False))
 
     @asynccontextmanager
     async def _looking(self) -> AsyncIterator[Image]:

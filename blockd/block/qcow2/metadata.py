@@ -97,6 +97,8 @@ class Metadata:
             int(limits.QCOW2_L2_CACHE_BYTES * limits.QCOW2_DIRTY_SHARE / header.cluster_size_bytes),
             limits.QCOW2_CACHE_TABLES_MIN // 2,
         )
+        #: Whether something left clusters in use that nothing refers to, nobody knows which.
+        self.leaks = False
         self._waiting: list[_Freed] = []
         #: Whether the file may have another header than ``header``.
         self._header_in_doubt = False
@@ -279,13 +281,14 @@ class Metadata:
     async def close(self) -> None:
         """Write all back, give back the file's unused end, and clear the dirty bit.
 
-        No request is under way. Raises ``OSError``, and then the dirty bit stays.
+        No request is under way. Raises ``OSError``, and then the dirty bit stays. It does after
+        ``leaks``, too: whoever opens the image next finds them, as after a crash.
         """
         self._refcounts.free_abandoned()
         # The first one makes clusters free, the second writes that.
         await self.flush()
         await self.flush()
-        if self.header.incompatible & Incompatible.DIRTY:
+        if self.header.incompatible & Incompatible.DIRTY and not self.leaks:
             end = await self._refcounts.used_end()
             await self._file.shrink(end << self.header.cluster_bits)
             bits = self.header.incompatible & ~Incompatible.DIRTY

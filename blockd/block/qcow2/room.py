@@ -18,13 +18,16 @@ class ImageRoom:
         self,
         image: Callable[[], Image],
         changing: Callable[[], AbstractAsyncContextManager[Changes]],
+        tell_damage: Callable[[str], None],
     ) -> None:
         """``image``: gives the image as it is now; it has no ``changes`` once it is only read.
 
         ``changing``: its body changes the image, and deals with damage that it meets there.
+        ``tell_damage``: told why there are no bitmaps, though the image has some.
         """
         self._image = image
         self._changing = changing
+        self.tell_damage = tell_damage
         self._claimed = BitMap64()
 
     @property
@@ -86,7 +89,13 @@ class ImageRoom:
         async with self._changing() as changes:
             await changes.metadata.flush()
 
-    async def change_header(self, change: Callable[[Header], Header]) -> None:
-        """Bring the header as ``change`` makes it to stable storage."""
+    async def change_header(
+        self, change: Callable[[Header], Header], *, leaks: bool = False
+    ) -> None:
+        """Bring the header as ``change`` makes it to stable storage.
+
+        ``leaks``: what only the old one led to is to be found, and freed, at the next open.
+        """
         async with self._changing() as changes:
+            changes.metadata.leaks |= leaks
             await changes.metadata.change_header(change)
