@@ -123,7 +123,7 @@ class Pace:
         await direction.enter(member)
         try:
             # Asked again, for the other direction may have filled the common buckets meanwhile.
-            while (seconds := self._seconds_until_room(writes=writes)) > 0:  # noqa: ASYNC110
+            while (seconds := self._seconds_until_room(writes=writes)) > 0:  # noqa: ASYNC110 - until then
                 await trio.sleep(seconds)
             self.count(writes=writes, length=length)
         finally:

@@ -145,7 +145,9 @@ async def test_the_mark_is_there_before_anything_is_copied(target: Target) -> No
     assert target.needs() == []
 
 
-async def test_the_mark_goes_before_the_bitmap_forgets(target: Target) -> None:
+async def test_the_mark_goes_before_the_bitmap_forgets(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A daemon that dies in between leaves a bitmap with too much in it."""
     async with open_rig(MemoryDriver(OLD), MemoryDriver(len(OLD))) as rig:
         bitmap = rig.add_bitmap("b")
@@ -158,7 +160,7 @@ async def test_the_mark_goes_before_the_bitmap_forgets(target: Target) -> None:
             seen.append((target.needs(), bitmap.count_bytes))
             commit()
 
-        job.commit = watched_commit  # type: ignore[method-assign]
+        monkeypatch.setattr(job, "commit", watched_commit)
         await rig.start(job)
         assert await rig.finish(job) is None
     assert seen == [([], CLUSTER)]

@@ -35,7 +35,7 @@ async def test_a_node_that_is_refused_leaves_none_below(
     tmp_path: Path,
     mode: Any,
     kind: str,
-    rehearsing: bool,  # noqa: FBT001 - pytest passes it by name
+    rehearsing: bool,
 ) -> None:
     target = tmp_path / "target"
     if mode == "existing":

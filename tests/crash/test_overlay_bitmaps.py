@@ -61,7 +61,7 @@ def start_with(disk: KeptDisk, overlay: Path) -> None:
 
 @pytest.mark.parametrize("to", [to_file, to_node])
 @pytest.mark.parametrize("transaction", [False, True], ids=["alone", "in a transaction"])
-def test_after_a_kill(disk: KeptDisk, overlay: Path, to: Any, transaction: bool) -> None:  # noqa: FBT001
+def test_after_a_kill(disk: KeptDisk, overlay: Path, to: Any, transaction: bool) -> None:
     put_over(disk, overlay, to=to, transaction=transaction)
     disk.write([2, 5])
     disk.kill()

@@ -83,7 +83,7 @@ MAKERS: list[Callable[[Disk, str], Path]] = [make_by_qemu_img, make_by_blockdev_
 def test_incrementals_on_overlays(
     disk: Disk,
     make: Callable[[Disk, str], Path],
-    compress: bool,  # noqa: FBT001 - pytest passes it by name
+    compress: bool,
 ) -> None:
     disk.back_up(disk.directory / "full", sync="full", bitmap_mode="on-success", compress=compress)
     disk.check_restored()

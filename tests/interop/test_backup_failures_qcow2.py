@@ -95,7 +95,7 @@ def test_a_backup_that_failed_is_marked_until_it_is_made_again(setting: Setting,
 def test_a_layer_made_anew_is_complete_where_the_bitmap_has_kept_all(
     setting: Setting,
     mode: str,
-    complete: bool,  # noqa: FBT001 - pytest passes it by name
+    complete: bool,
 ) -> None:
     setting.start(sync="full", bitmap_mode="on-success")
     assert setting.end()

@@ -60,7 +60,7 @@ def compare(first: Path, kind: str, second: Path) -> None:
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_a_full_backup(daemon: Daemon, client: QmpClient, compress: bool) -> None:  # noqa: FBT001
+def test_a_full_backup(daemon: Daemon, client: QmpClient, compress: bool) -> None:
     target = daemon.directory / "target"
     back_up(client, target, compress=compress)
     check(target)

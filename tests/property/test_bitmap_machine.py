@@ -228,7 +228,7 @@ class Bitmaps(RuleBasedStateMachine):
     # -- commands ----------------------------------------------------------------------------
 
     @rule(index=NODES, name=NAMES, granularity=GRANULARITIES, disabled=st.booleans())
-    def add(self, index: int, name: str, granularity: int, disabled: bool) -> None:  # noqa: FBT001
+    def add(self, index: int, name: str, granularity: int, disabled: bool) -> None:
         node, model = self.nodes[index], self.models[index]
         if name in model.bitmaps:
             with pytest.raises(BlockdError, match=f"^Bitmap already exists: {name}$"):
@@ -256,7 +256,7 @@ class Bitmaps(RuleBasedStateMachine):
             model.named, model.changed = set(), set()
 
     @rule(index=NODES, name=NAMES, enable=st.booleans())
-    def enable_or_disable(self, index: int, name: str, enable: bool) -> None:  # noqa: FBT001
+    def enable_or_disable(self, index: int, name: str, enable: bool) -> None:
         if (found := self._find(index, name)) is None:
             return
         bitmap, model = found

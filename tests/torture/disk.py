@@ -143,7 +143,7 @@ class Disk:
     def _uri(self, socket: Path) -> str:
         return f"nbd+unix:///{self.name}-check?socket={socket}"
 
-    def begin_anew(self, bitmap: BitmapModel, recording: bool, dirty: BitMap) -> None:  # noqa: FBT001
+    def begin_anew(self, bitmap: BitmapModel, recording: bool, dirty: BitMap) -> None:
         """From now on the bitmap is known to be this."""
         bitmap.model = Model(recording, dirty, dirty, self.base, self.base)
         bitmap.job = bitmap.command = None

@@ -112,7 +112,7 @@ def test_whole_disk_at_once() -> None:
         (2100, 10, False),
     ],
 )
-def test_intersects(offset: int, length: int, found: bool) -> None:  # noqa: FBT001
+def test_intersects(offset: int, length: int, found: bool) -> None:
     bits = Bits(2100, 512)
     bits.mark(1024, 512)
     bits.mark(2048, 1)

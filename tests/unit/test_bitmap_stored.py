@@ -73,7 +73,7 @@ def test_a_read_only_one_is_used(
 def test_an_inconsistent_one_can_only_be_removed(
     node: NodeBitmaps,
     use: Callable[[NodeBitmaps, DirtyBitmap], object],
-    read_only: bool,  # noqa: FBT001
+    read_only: bool,
 ) -> None:
     state = Inconsistent(Bits(SIZE, GRANULARITY))
     bitmap = node.add_kept("b", state, read_only=read_only)

@@ -28,7 +28,7 @@ CHANGES: dict[str, tuple[bool, Change]] = {
 
 
 @pytest.mark.parametrize(("rises", "change"), CHANGES.values(), ids=CHANGES.keys())
-def test_the_version_rises_with_every_other_change(rises: bool, change: Change) -> None:  # noqa: FBT001
+def test_the_version_rises_with_every_other_change(rises: bool, change: Change) -> None:
     node = NodeBitmaps(SIZE)
     bitmap = node.add("b", 65536)
     before = bitmap.version

@@ -242,7 +242,7 @@ def test_a_client_waits_for_all_of_a_reply(exchange: Exchange) -> None:
         pytest.param("668e33ef 0001 0007 0000000000000001 00000000", True, id="unknown type"),
     ],
 )
-def test_a_client_tells_damaged_replies(text: str, structured: bool) -> None:  # noqa: FBT001
+def test_a_client_tells_damaged_replies(text: str, structured: bool) -> None:
     with pytest.raises(ProtocolError):
         client_result(READ, bytes.fromhex(text), structured=structured)
 

@@ -123,12 +123,13 @@ def _bitmap(services: Services, export: NbdExport, source: BitmapSource) -> Dirt
     if isinstance(source, BitmapOfNode):
         bitmap = find_bitmap(services, source.node, source.name)
     else:
-        bitmap = _bitmap_below(services.graph.get(export.node_name), source, export.writable)
+        node = services.graph.get(export.node_name)
+        bitmap = _bitmap_below(node, source, writable=export.writable)
     bitmap.check_usable(to_change=False)
     return bitmap
 
 
-def _bitmap_below(node: Node, name: str, writable: bool) -> DirtyBitmap:  # noqa: FBT001
+def _bitmap_below(node: Node, name: str, *, writable: bool) -> DirtyBitmap:
     """Of the nearest layer that has one of that name."""
     for layer in _layers(node):
         for bitmap in layer.bitmaps.list():
