@@ -37,6 +37,14 @@ def daemon(tmp_path: Path, daemon_options: list[str]) -> Iterator[Daemon]:
 
 
 @pytest.fixture
+def no_leak() -> Iterator[None]:
+    """The test leaves as many descriptors open as it found."""
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture
 def small_backup_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backups in pieces so small that a few KiB take many of them."""
     use_small_limits(monkeypatch)

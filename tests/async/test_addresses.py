@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,12 +28,7 @@ from tests.helpers.watched_driver import WatchedDriver
 
 ANY_CID = "4294967295"
 
-
-@pytest.fixture(autouse=True)
-def _no_leak() -> Iterator[None]:
-    before = len(os.listdir("/proc/self/fd"))
-    yield
-    assert len(os.listdir("/proc/self/fd")) == before
+pytestmark = pytest.mark.usefixtures("no_leak")
 
 
 def refusal(address: Address) -> str:

@@ -6,7 +6,6 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,7 @@ from blockd.nbd import NbdServer, Settings
 
 FOREIGN = "192.0.2.1"  # RFC 5737: nobody's
 
-
-@pytest.fixture(autouse=True)
-def _no_leak() -> Iterator[None]:
-    before = len(os.listdir("/proc/self/fd"))
-    yield
-    assert len(os.listdir("/proc/self/fd")) == before
+pytestmark = pytest.mark.usefixtures("no_leak")
 
 
 def refusal(address: Address) -> str:
