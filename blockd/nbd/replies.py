@@ -1,4 +1,7 @@
-"""The forms of a reply that succeeded, written into a buffer by the hot loop."""
+"""The forms of a reply that succeeded, written into a buffer by the hot loop.
+
+What is alike in two forms is written out in both: a call more was measured to cost 0.2 µs a READ.
+"""
 
 from __future__ import annotations
 

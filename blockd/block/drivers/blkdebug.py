@@ -11,7 +11,6 @@ from typing import Any
 import trio
 
 from blockd.block.allocation import Allocation
-from blockd.block.descriptor import Descriptor
 from blockd.block.drivers.file import SECTOR_BYTES
 from blockd.block.drivers.filter import Filter
 from blockd.block.node import Node
@@ -58,6 +57,8 @@ class BlkdebugDriver(Filter):
 
     name = "blkdebug"
     child_option = "image"
+    # Every request is looked at, so none goes by a shorter path.
+    passes_descriptors = False
 
     def __init__(
         self,
@@ -120,15 +121,6 @@ class BlkdebugDriver(Filter):
             await trio.lowlevel.checkpoint()
         if rule.errno:
             raise OSError(rule.errno, os.strerror(rule.errno))
-
-    # Every request is looked at, so none goes by a shorter path.
-
-    def descriptor(self) -> Descriptor | None:
-        return None
-
-    @property
-    def takes_write_by(self) -> bool:
-        return False
 
     def read_nowait(self, offset: int, view: memoryview) -> None:
         raise WouldBlock

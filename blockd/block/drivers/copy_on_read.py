@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from blockd.block.allocation import Allocation
-from blockd.block.descriptor import Descriptor
 from blockd.block.drivers.filter import Filter
 from blockd.block.inflight import Reservations
 from blockd.block.node import Node
@@ -21,6 +20,7 @@ class CopyOnReadDriver(Filter):
 
     name = "copy-on-read"
     passes_compressed = True
+    passes_descriptors = False
     writes_at_reads = True
 
     def __init__(
@@ -34,13 +34,6 @@ class CopyOnReadDriver(Filter):
     def child_access(self, role: Role, access: Access) -> Access:
         """It writes whatever its own users do, and nobody else may."""
         return Access(access.needs | Perm.WRITE, access.shares & ~Perm.WRITE)
-
-    def descriptor(self) -> Descriptor | None:
-        return None
-
-    @property
-    def takes_write_by(self) -> bool:
-        return False
 
     def read_nowait(self, offset: int, view: memoryview) -> None:
         # Whether there is anything to copy can't be known at once.

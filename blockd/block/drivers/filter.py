@@ -20,6 +20,8 @@ class Filter(Driver):
     inline_offset_bytes = 0
     #: Whether the child may get compressed clusters this way.
     passes_compressed = False
+    #: Whether reads and writes may go to a descriptor of the child, past this.
+    passes_descriptors = True
     #: How the child is called in the driver's options.
     child_option = "file"
 
@@ -69,11 +71,11 @@ class Filter(Driver):
         return self.child.path
 
     def descriptor(self) -> Descriptor | None:
-        return self.child.descriptor()
+        return self.child.descriptor() if self.passes_descriptors else None
 
     @property
     def takes_write_by(self) -> bool:
-        return self.child.takes_write_by
+        return self.passes_descriptors and self.child.takes_write_by
 
     async def write_by(self, offset: int, length: int, call: WriteBy) -> int:
         return await self.child.write_by(offset, length, call)

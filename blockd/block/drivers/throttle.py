@@ -8,7 +8,6 @@ from typing import Any
 
 import trio
 
-from blockd.block.descriptor import Descriptor
 from blockd.block.drivers.filter import Filter
 from blockd.block.node import Node
 from blockd.errors import WouldBlock
@@ -24,6 +23,7 @@ class ThrottleDriver(Filter):
 
     name = "throttle"
     passes_compressed = True
+    passes_descriptors = False
 
     def __init__(
         self, child: Node, group: ThrottleGroup, group_id: str, *, read_only: bool = False
@@ -38,13 +38,6 @@ class ThrottleDriver(Filter):
 
     def own_options(self) -> dict[str, Any]:
         return {"throttle-group": self._group_id, **super().own_options()}
-
-    def descriptor(self) -> Descriptor | None:
-        return None
-
-    @property
-    def takes_write_by(self) -> bool:
-        return False
 
     def read_nowait(self, offset: int, view: memoryview) -> None:
         if not self._pace.has_room(writes=False):
