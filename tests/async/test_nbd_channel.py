@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import socket
-import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -15,6 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 from blockd import limits
 from blockd.nbd.activity import Activity
 from blockd.nbd.channel import Channel, ClientGone
+from tests.helpers.turns import counted_turns
 
 #: More than a socket takes.
 LARGE = memoryview(b"a" * 4 * 1024 * 1024)
@@ -97,23 +96,11 @@ async def test_a_wait_for_the_client_can_be_cancelled(pair: Pair) -> None:
 async def test_a_client_that_always_has_more_to_say_lets_others_in(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ticks = itertools.count()
-    monkeypatch.setattr(time, "monotonic", lambda: next(ticks) * limits.NBD_SLICE_SECONDS / 4)
-    turns = 0
-
-    async def other() -> None:
-        nonlocal turns
-        while True:
-            await trio.lowlevel.checkpoint()
-            turns += 1
-
     pair.client.send(bytes(100))
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(other)
+    async with counted_turns(monkeypatch) as turns:
         for _ in range(100):
             await pair.channel.receive_into(memoryview(bytearray(1)))
-        nursery.cancel_scope.cancel()
-    assert 10 <= turns <= 50
+        assert 10 <= turns() <= 50
 
 
 @pytest.mark.parametrize(("short_seconds", "spins"), [(60.0, 4), (0.0, 1)])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import socket
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -13,13 +11,13 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from blockd import limits
 from blockd.nbd import wire
 from blockd.nbd.chunks import Runs, error_reply, status
 from blockd.nbd.client.connection import Connection
 from blockd.nbd.client.handshake import Export
 from blockd.nbd.client.stream import Stream
 from blockd.nbd.wire import Cmd, Errno, Headers, ReplyType, TransmissionFlag
+from tests.helpers.turns import counted_turns
 
 SIZE = 1024 * 1024
 EXPORT = Export(SIZE, TransmissionFlag.HAS_FLAGS, Headers.STRUCTURED, context_id=7)
@@ -145,15 +143,6 @@ async def test_a_server_that_always_has_more_to_say_lets_others_in(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Here one error after the other for the same request."""
-    ticks = itertools.count()
-    monkeypatch.setattr(time, "monotonic", lambda: next(ticks) * limits.NBD_SLICE_SECONDS / 4)
-    turns = 0
-
-    async def other() -> None:
-        nonlocal turns
-        while True:
-            await trio.lowlevel.checkpoint()
-            turns += 1
 
     async def read() -> None:
         with pytest.raises(OSError, match="Input/output"):
@@ -168,10 +157,9 @@ async def test_a_server_that_always_has_more_to_say_lets_others_in(
         error = chunk(1, ReplyType.ERROR, wire.ERROR_PAYLOAD.pack(Errno.EIO, 0), done=False)
         theirs.sendall(error * 100 + chunk(1, ReplyType.NONE, b""))
         theirs.close()
-        nursery.start_soon(other)
-        await connection.receive()
-        nursery.cancel_scope.cancel()
-    assert 10 <= turns <= 50
+        async with counted_turns(monkeypatch) as turns:
+            await connection.receive()
+            assert 10 <= turns() <= 50
 
 
 def wrong_replies(request: wire.Request) -> dict[str, bytes]:

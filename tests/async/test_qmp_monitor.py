@@ -457,17 +457,23 @@ async def test_one_that_sends_no_more_still_gets_its_replies() -> None:
         assert stage.ended == 1
 
 
+class LongChange:
+    """A command that goes on until it may leave."""
+
+    def __init__(self) -> None:
+        self.leave = trio.Event()
+        self.log: list[str] = []
+
+    async def run(self, _services: Services, _arguments: Nothing) -> None:
+        self.log.append("begun")
+        await self.leave.wait()
+        self.log.append("done")
+
+
 async def test_what_a_client_has_begun_is_carried_out_without_it() -> None:
     async with open_stage() as stage:
-        leave = trio.Event()
-        log = []
-
-        async def change(_services: Services, _arguments: Nothing) -> None:
-            log.append("begun")
-            await leave.wait()
-            log.append("done")
-
-        stage.command("x-change", change)
+        change = LongChange()
+        stage.command("x-change", change.run)
         client = await stage.negotiated()
         await client.send(b'{"execute": "x-change"}')
         await trio.testing.wait_all_tasks_blocked()
@@ -476,9 +482,9 @@ async def test_what_a_client_has_begun_is_carried_out_without_it() -> None:
             # The first is lost on the way, the second finds nobody.
             stage.bus.publish("TICK", {})
             await trio.testing.wait_all_tasks_blocked()
-        leave.set()
+        change.leave.set()
         await trio.testing.wait_all_tasks_blocked()
-        assert log == ["begun", "done"]
+        assert change.log == ["begun", "done"]
         assert stage.ended == 1
 
 
@@ -487,22 +493,15 @@ async def test_what_a_dropped_client_has_begun_is_carried_out_without_it(
 ) -> None:
     monkeypatch.setattr(limits, "QMP_OUTBOX_BYTES", 10_000)
     async with open_stage() as stage:
-        leave = trio.Event()
-        log = []
-
-        async def change(_services: Services, _arguments: Nothing) -> None:
-            log.append("begun")
-            await leave.wait()
-            log.append("done")
-
-        stage.command("x-change", change)
+        change = LongChange()
+        stage.command("x-change", change.run)
         client = await stage.negotiated()
         await client.send(b'{"execute": "x-change"}')
         await trio.testing.wait_all_tasks_blocked()
         for _ in range(1000):
             stage.bus.publish("TICK", {"text": "x" * 1000})
         await trio.testing.wait_all_tasks_blocked()
-        leave.set()
+        change.leave.set()
         await trio.testing.wait_all_tasks_blocked()
-        assert log == ["begun", "done"]
+        assert change.log == ["begun", "done"]
         assert stage.ended == 1
