@@ -15,19 +15,17 @@ from blockd.block import Accounts, Node, RawDriver
 from blockd.nbd.wire import Cmd
 from tests.helpers.nbd_codec import Call, NbdError
 from tests.helpers.nbd_server import DISK_BYTES, Rig, in_thread, serving
-from tests.helpers.watched_driver import WatchedDriver
+from tests.helpers.watched_driver import ANSWERS, WatchedDriver
 
 WINDOW_OFFSET = 4096
 CALLS = 1200
 
 
-@pytest.fixture(params=["inline", "waiting", "now and then"])
+@pytest.fixture(params=ANSWERS)
 def driver(request: pytest.FixtureRequest) -> WatchedDriver:
     driver = WatchedDriver(DISK_BYTES)
     driver.filename = "/disk.img"
-    rng = random.Random(7)
-    answers = {"inline": [True], "waiting": [False], "now and then": [True, True, False]}
-    driver.nowait = lambda _: rng.choice(answers[request.param])
+    driver.answer(request.param)
     return driver
 
 

@@ -10,11 +10,14 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from blockd.errors import BlockdError
-from blockd.nbd.wire import Cmd
-from tests.helpers.memory_driver import Hold
-from tests.helpers.nbd_codec import Call, NbdError
-from tests.helpers.nbd_server import DISK_BYTES, RawClient, Rig, in_thread, serving
-from tests.helpers.watched_driver import WatchedDriver
+from tests.helpers.nbd_codec import NbdError
+from tests.helpers.nbd_server import (
+    Rig,
+    SlowDisk,
+    in_thread,
+    serving,
+    slow_disk,
+)
 
 
 @pytest.fixture
@@ -26,25 +29,9 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
         yield rig
 
 
-class SlowDisk:
-    """An export ``slow`` with one client, whose write the disk has and does not give back."""
-
-    def __init__(self, driver: WatchedDriver, hold: Hold, client: RawClient) -> None:
-        self.driver = driver
-        self.hold = hold
-        self.client = client
-
-
 @pytest.fixture
 async def slow(rig: Rig) -> SlowDisk:
-    driver = WatchedDriver(DISK_BYTES)
-    driver.stubborn = True
-    hold = driver.hold("write")
-    rig.export(rig.node("slow", driver))
-    client = await rig.raw("slow")
-    await client.request(Call(Cmd.WRITE, data=b"data"))
-    await hold.reached.wait()
-    return SlowDisk(driver, hold, client)
+    return await slow_disk(rig)
 
 
 async def test_an_export_without_clients_goes_at_once(rig: Rig) -> None:

@@ -20,7 +20,14 @@ from blockd.nbd import Settings
 from blockd.nbd.wire import Cmd, TransmissionFlag
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.nbd_codec import Call, NbdError
-from tests.helpers.nbd_server import DISK_BYTES, RawClient, Rig, in_thread, serving
+from tests.helpers.nbd_server import (
+    DISK_BYTES,
+    RawClient,
+    Rig,
+    in_thread,
+    serving,
+    slow_disk,
+)
 from tests.helpers.watched_driver import WatchedDriver
 
 GREETING_BYTES = 18
@@ -97,22 +104,14 @@ async def test_stopping_ends_clients_and_exports(rig: Rig) -> None:
 
 
 async def test_stopping_waits_for_what_the_disk_is_doing(rig: Rig) -> None:
-    driver = WatchedDriver(DISK_BYTES)
-    driver.stubborn = True
-    hold = driver.hold("write")
-    node = rig.node("slow", driver)
-    rig.export(node)
-    client = await rig.raw("slow")
-    await client.request(Call(Cmd.WRITE, data=b"data"))
-    await hold.reached.wait()
-
+    slow = await slow_disk(rig)
     stopped = []
 
     async def stop(name: str) -> None:
         await rig.server.close()
         stopped.append(name)
-        assert not node.users
-        assert driver.data[:4] == b"data"
+        assert not rig.graph.get("slow").users
+        assert slow.driver.data[:4] == b"data"
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stop, "first")
@@ -123,22 +122,16 @@ async def test_stopping_waits_for_what_the_disk_is_doing(rig: Rig) -> None:
             rig.server.check_name("new")
         with pytest.raises(BlockdError, match=r"^NBD server already running$"):
             await rig.start()
-        hold.release()
+        slow.hold.release()
     assert sorted(stopped) == ["first", "second"]
 
 
 async def test_a_stop_that_is_cancelled_goes_on(rig: Rig) -> None:
-    driver = WatchedDriver(DISK_BYTES)
-    driver.stubborn = True
-    hold = driver.hold("write")
-    rig.export(rig.node("slow", driver))
-    client = await rig.raw("slow")
-    await client.request(Call(Cmd.WRITE, data=b"data"))
-    await hold.reached.wait()
+    slow = await slow_disk(rig)
     with trio.CancelScope() as scope:
         scope.cancel()
         await rig.server.stop()
-    hold.release()
+    slow.hold.release()
     await rig.server.close()
     assert rig.deleted() == ["id-slow", "id-disk"]
 

@@ -18,18 +18,16 @@ from blockd.nbd.wire import Cmd, CmdFlag
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.nbd_codec import Call, NbdError, request_bytes
 from tests.helpers.nbd_server import DISK_BYTES, RawClient, Rig, in_thread, serving
-from tests.helpers.watched_driver import WatchedDriver
+from tests.helpers.watched_driver import ANSWERS, WatchedDriver
 
 KIB = 1024
 CALLS = 200
 
 
-@pytest.fixture(params=["inline", "waiting", "now and then"])
+@pytest.fixture(params=ANSWERS)
 def driver(request: pytest.FixtureRequest) -> WatchedDriver:
     driver = WatchedDriver(DISK_BYTES)
-    rng = random.Random(7)
-    answers = {"inline": [True], "waiting": [False], "now and then": [True, True, False]}
-    driver.nowait = lambda _: rng.choice(answers[request.param])
+    driver.answer(request.param)
     return driver
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from blockd.listener import UnixAddress
 from blockd.nbd import Export, NbdServer, Settings, wire
 from blockd.nbd.chunks import parse_chunk
 from blockd.nbd.wire import Cmd, Errno, Option
+from tests.helpers.memory_driver import Hold
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.nbd_codec import (
     Call,
@@ -265,6 +267,26 @@ class RawClient:
         """Write, with nothing else in flight."""
         cookie = await self.request(Call(Cmd.WRITE, offset, data=data))
         assert await self.reply() == (cookie, 0)
+
+
+@dataclass(frozen=True)
+class SlowDisk:
+    """What is behind the export ``slow``: it has a client's write, and does not give it back."""
+
+    driver: WatchedDriver
+    hold: Hold
+
+
+async def slow_disk(rig: Rig) -> SlowDisk:
+    """Such a one, with "data" to write at its start; it takes no notice of cancellation."""
+    driver = WatchedDriver(DISK_BYTES)
+    driver.stubborn = True
+    hold = driver.hold("write")
+    rig.export(rig.node("slow", driver))
+    client = await rig.raw("slow")
+    await client.request(Call(Cmd.WRITE, data=b"data"))
+    await hold.reached.wait()
+    return SlowDisk(driver, hold)
 
 
 @asynccontextmanager

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import trio
 
 from tests.helpers.memory_driver import MemoryDriver
+
+#: Whether requests finish at once, each as likely as the others.
+ANSWERS = {"inline": [True], "waiting": [False], "now and then": [True, True, False]}
 
 
 class WatchedDriver(MemoryDriver):
@@ -20,6 +24,11 @@ class WatchedDriver(MemoryDriver):
         self.seen: list[str] = []
         self.on_begin: Callable[[str], None] = lambda _: None
         self._began = trio.Event()
+
+    def answer(self, how: str) -> None:
+        """Take requests ``how`` of ``ANSWERS`` says: which ones at once, by a fixed lot."""
+        lot = random.Random(7)
+        self.nowait = lambda _: lot.choice(ANSWERS[how])
 
     async def wait_seen(self, operation: str, count: int) -> None:
         """Return once the driver has been asked for so many operations of that name."""
