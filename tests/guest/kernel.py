@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import lzma
 import os
 import re
@@ -35,16 +36,23 @@ class Kernel:
 def find_kernel(cache: Path) -> Kernel:
     """The kernel, from ``cache`` if a run before this one has put it there."""
     kept = cache / "kernel"
-    if not kept.exists():
-        with tempfile.TemporaryDirectory(dir=cache) as directory:
-            root = Path("/")
-            version = _installed_version() or _fetch(root := Path(directory))
-            made = Path(directory) / "made"
-            made.mkdir()
-            _keep(root, version, made)
-            # All or nothing, whatever interrupts this.
-            made.rename(kept)
+    with open(cache / "kernel.lock", "w") as lock:
+        # Tests in another process may be looking for it too; closing the file unlocks it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            _find_and_keep(kept)
     return Kernel.kept_in(kept)
+
+
+def _find_and_keep(kept: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=kept.parent) as directory:
+        root = Path("/")
+        version = _installed_version() or _fetch(root := Path(directory))
+        made = Path(directory) / "made"
+        made.mkdir()
+        _keep(root, version, made)
+        # All or nothing, whatever interrupts this.
+        made.rename(kept)
 
 
 def _installed_version() -> str | None:
