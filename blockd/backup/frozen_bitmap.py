@@ -56,7 +56,8 @@ class FrozenBitmap:
         conclude_bitmap(self._freeze, self._mode, succeeded=succeeded, rest=rest, torn=torn)
 
     def _list_torn(self, clusters: Clusters) -> Bits | None:
-        if not clusters.torn:
+        if not clusters.torn or not self._sync.by_bitmap:
+            # What a full backup that failed left on its target, no bitmap says anyway.
             return None
         torn = self._freeze.snapshot.empty_copy()
         for first, end in runs_of(clusters.torn):
