@@ -63,6 +63,8 @@ class StateDirectory:
         self._images = opened.images
         self._unfinished_jobs = opened.jobs
         self._attached: dict[Node, KeptImage] = {}
+        #: Those that the beat has begun to look after, which may take long where the disk hangs.
+        self._looked_after: set[KeptImage] = set()
         self._attaching = trio.Lock()
         #: For measurements.
         self.commits = commits = Commits(opened.database)
@@ -358,7 +360,18 @@ class StateDirectory:
                 if self._attached or self._looks:
                     self._beat_now()
                 for keeper in self._attached.values():
-                    self._nursery.start_soon(_look_after, keeper)
+                    if keeper not in self._looked_after:
+                        self._looked_after.add(keeper)
+                        self._nursery.start_soon(self._look_after, keeper)
+
+    async def _look_after(self, keeper: KeptImage) -> None:
+        try:
+            with suppress(OSError):
+                await keeper.losses.record()
+                if keeper.due:
+                    await keeper.checkpoint()
+        finally:
+            self._looked_after.discard(keeper)
 
     def _beat_now(self) -> None:
         if self._left_recorded:
@@ -368,10 +381,3 @@ class StateDirectory:
         """End the background work and let go of the directory. All nodes are closed."""
         self._beating.cancel()
         await self._environment.commits.read(lambda _: self._opened.end())
-
-
-async def _look_after(keeper: KeptImage) -> None:
-    with suppress(OSError):
-        await keeper.losses.record()
-        if keeper.due:
-            await keeper.checkpoint()

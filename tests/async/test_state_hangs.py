@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from blockd import limits
 from blockd.bitmap import Bits
 from blockd.block import Node
+from tests.helpers.simulated_disk import SimulatedDisk
 from tests.helpers.state_rig import DATA, GRANULE, SIZE, daemon, dirty, make_image
 
 ALL = set(range(SIZE // GRANULE))
@@ -150,3 +155,38 @@ async def test_a_clean_close_after_it_is_exact(
         assert dirty(again, "on") == {9}
         assert one.heard.recovered == []
         assert one.heard.resumed == 1
+
+
+async def test_what_hangs_is_begun_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mock_clock: MockClock
+) -> None:
+    """It is tried again each second where it fails."""
+    image, disk, go = make_image(tmp_path / "disk.img"), SimulatedDisk(), threading.Event()
+    fails = False
+
+    def before(call: str) -> None:
+        if fails and call == "open":
+            go.wait()
+
+    def before_commit() -> None:
+        if fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async with daemon(tmp_path / "state", image, disk=disk, before_commit=before_commit) as one:
+        node = await one.node()
+        await one.add(node, "on")
+        disk.before, fails = before, True
+        put_back(node)
+        monkeypatch.setattr(limits, "STATE_KEEP_SECONDS", 0)
+        monkeypatch.setattr(limits, "STATE_POISON_SECONDS", 0)
+        assert not await one.state.keep(node)
+        try:
+            mock_clock.jump(limits.STATE_HEARTBEAT_SECONDS)
+            await wait_all_tasks_blocked()
+            tasks = trio.lowlevel.current_statistics().tasks_living
+            for _ in range(5):
+                mock_clock.jump(limits.STATE_HEARTBEAT_SECONDS)
+                await wait_all_tasks_blocked()
+            assert trio.lowlevel.current_statistics().tasks_living == tasks
+        finally:
+            go.set()
