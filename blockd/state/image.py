@@ -180,7 +180,7 @@ class KeptImage:
                 stored = True
             except OSError as error:
                 _log.warning("node '%s': its bitmaps can't be stored: %s", self.node.name, error)
-                if self._owes():
+                if self._differs():
                     await self._give_up(error)
                 raise
             finally:
@@ -192,7 +192,11 @@ class KeptImage:
             self.losses.stored(self.record.since)
 
     def _owes(self) -> bool:
-        """Whether bitmaps have changed, but for guest writes, from what is stored."""
+        """Whether other bitmaps are stored than there are, but for guest writes."""
+        return self._differs() or not self._kept.keys() <= set(self._persistent())
+
+    def _differs(self) -> bool:
+        """Whether bitmaps have changed, but for guest writes, from what is stored of them."""
         return not self._sound or any(map(self._changed, self._persistent()))
 
     def _changed(self, bitmap: DirtyBitmap) -> bool:
@@ -364,7 +368,9 @@ class KeptImage:
             if not stored or self.losses.failed or self._owes():
                 await self.checkpoint()
         except OSError as error:
-            await self._give_up(error)
+            # What is stored of an image that nobody wrote to stays right.
+            if self.record.open:
+                await self._give_up(error)
             return False
         return True
 
