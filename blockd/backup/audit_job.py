@@ -6,7 +6,6 @@ have it, can't be found out in any other way.
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
@@ -14,11 +13,9 @@ import trio
 
 from blockd import limits
 from blockd.bitmap import Bits, DirtyBitmap, Pin, Pinned, Reason
-from blockd.block import Node
+from blockd.block import Node, tell_recovered
 from blockd.extent import Extent
 from blockd.job import Job, JobError
-
-_log = logging.getLogger(__name__)
 
 
 class AuditJob(Job):
@@ -123,14 +120,7 @@ class AuditJob(Job):
         self._bitmap.reason = Reason.IMAGE_CHANGED
 
     def _tell(self) -> None:
-        _log.warning(
-            "bitmap '%s' of node '%s' is all dirty: the disk differs from its last backup",
-            self._bitmap.name,
-            self._source.name,
-        )
-        event = {"node-name": self._source.name, "name": self._bitmap.name}
-        reason = {"reason": Reason.IMAGE_CHANGED.value, "inconsistent": False}
-        self._bus.publish("BLOCK_DIRTY_BITMAP_RECOVERED", event | reason)
+        tell_recovered(self._bus, self._source.name, self._bitmap, Reason.IMAGE_CHANGED)
 
     def _unpin(self) -> None:
         pin, self._pin = self._pin, None

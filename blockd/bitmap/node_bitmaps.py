@@ -79,6 +79,8 @@ class NodeBitmaps:
         self.check_new(name, state.bits.granularity_bytes)
         bitmap = self._put(name, state)
         bitmap.persistent, bitmap.read_only = True, read_only
+        if isinstance(state, Inconsistent):
+            bitmap.reason = Reason.CRASH_UNRECOVERABLE
         return bitmap
 
     def _put(self, name: str, state: Recording | Stopped | Inconsistent) -> DirtyBitmap:

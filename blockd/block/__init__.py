@@ -27,6 +27,7 @@ from blockd.block.inflight import Gate, Reservations
 from blockd.block.journal import Journal
 from blockd.block.node import Node
 from blockd.block.permissions import Access, Claim, Perm, Role, of_image_file
+from blockd.block.recovered import tell_recovered
 from blockd.block.reopening import Reopening
 from blockd.block.views import BeforeWrite, ReadView
 
@@ -71,4 +72,5 @@ __all__ = [
     "open_file",
     "rehearse_file",
     "reopen_file",
+    "tell_recovered",
 ]

@@ -23,6 +23,7 @@ from blockd.block.holds import Follower, Hold
 from blockd.block.node import Node
 from blockd.block.permissions import Access, Claim, Perm, Role
 from blockd.block.places import Places
+from blockd.block.recovered import tell_recovered
 from blockd.block.standing import Standing
 from blockd.errors import BlockdError
 from blockd.events import Bus
@@ -155,6 +156,12 @@ class Graph:
                 "fatal": corruption.fatal,
             },
         )
+
+    def tell_inconsistent(self, node: Node) -> None:
+        """Tell of the bitmaps that came back so with a node which has just been made."""
+        for bitmap in node.bitmaps.list():
+            if bitmap.inconsistent and bitmap.reason is not None:
+                tell_recovered(self._bus, node.name, bitmap, bitmap.reason)
 
     def check_storage(self, driver: Driver) -> None:
         """Raise ``BlockdError`` where a node stands on the same storage already."""

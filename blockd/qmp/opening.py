@@ -224,3 +224,4 @@ async def _take_over_bitmaps(graph: Graph, node: Node, *, top: bool) -> None:
             await graph.archive.keep(node)
 
     await node.keeper.load(read_only=node.read_only, before_use=attach)
+    graph.tell_inconsistent(node)

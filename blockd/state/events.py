@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from blockd.bitmap import DirtyBitmap
-from blockd.block import Node
+from blockd.block import Node, tell_recovered
 from blockd.events import Bus
 
 _log = logging.getLogger(__name__)
@@ -20,13 +20,7 @@ class StateEvents:
 
     def bitmap_recovered(self, node: Node, bitmap: DirtyBitmap) -> None:
         assert bitmap.reason is not None, "it came back other than it was"
-        reason = bitmap.reason.value
-        what = "inconsistent, remove it" if bitmap.inconsistent else "all dirty"
-        _log.warning("bitmap '%s' of node '%s' is %s: %s", bitmap.name, node.name, what, reason)
-        event = {"node-name": node.name, "name": bitmap.name, "reason": reason}
-        self._bus.publish(
-            "BLOCK_DIRTY_BITMAP_RECOVERED", event | {"inconsistent": bitmap.inconsistent}
-        )
+        tell_recovered(self._bus, node.name, bitmap, bitmap.reason)
 
     def storing_failed(self, node: Node, reason: str) -> None:
         _log.error("after a crash, node '%s' would lose its bitmaps: %s", node.name, reason)

@@ -174,9 +174,13 @@ def test_after_a_kill_they_are_inconsistent(daemon: Daemon, image: Path) -> None
     daemon.start()
     with QmpClient(daemon.qmp_path) as client:
         open_image(client, image)
-        assert {name: each["inconsistent"] for name, each in bitmaps(client).items()} == {
-            "stored": True
-        }
+        told = client.wait_event("BLOCK_DIRTY_BITMAP_RECOVERED")["data"]
+        why = {"reason": "crash-unrecoverable", "inconsistent": True}
+        assert told == {"node-name": "n", "name": "stored", **why}
+        ((name, info),) = bitmaps(client).items()
+        assert name == "stored"
+        assert why.items() <= info.items()
+        assert "remove it, and do a full backup" in daemon.log()
         with pytest.raises(QmpError, match="Bitmap 'stored' is inconsistent and cannot be used"):
             client.execute("block-dirty-bitmap-clear", {"node": "n", "name": "stored"})
         with pytest.raises(QmpError, match="Bitmap 'stored' is inconsistent and cannot be used"):

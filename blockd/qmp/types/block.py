@@ -147,8 +147,14 @@ class BlockDirtyInfo(Object, kw_only=True):
     ``name``: absent for one that a job has put in the place of a frozen one. ``count``: dirty
     bytes. ``granularity``: in bytes. ``busy``: a job has it, and no command may change it.
     ``persistent``: it outlives blockd. ``inconsistent``: nobody knows what is dirty; it can only be
-    removed. ``reason``: why it came back other than it was, until it is cleared, or a backup by it
-    succeeds.
+    removed.
+
+    ``reason``: why it is other than it was, until it is cleared, or a backup by it succeeds.
+    ``image-changed``: the image was written to, or replaced, without blockd; or an audit found so.
+    ``size-changed``: it was given another size. ``state-damaged``: what was kept of the bitmap is
+    damaged, or could not be written. After these everything is dirty, and the next backup by it
+    copies everything. ``crash-unrecoverable``: after a crash nobody knows what is dirty, so it is
+    inconsistent, as where a qcow2 image alone kept it; remove it, and do a full backup.
     """
 
     name: str | None = None
