@@ -9,7 +9,7 @@ import pytest
 
 from blockd import limits
 from blockd.bitmap import Bits, DirtyBitmap
-from tests.helpers.state_rig import DATA, GRANULE, SIZE, daemon, dirty, make_image
+from tests.helpers.state_rig import DATA, GRANULE, SIZE, Room, daemon, dirty, make_image
 
 ALL = set(range(SIZE // GRANULE))
 
@@ -64,21 +64,16 @@ async def test_what_was_not_stored_in_time_is_known_not_to_be(
 
 async def test_it_is_safe_again_when_all_of_it_is_stored(path: Path, image: Path) -> None:
     """Not when the bitmaps are that a command changed."""
-    fails = False
-
-    def before_commit() -> None:
-        if fails:
-            raise OSError(28, "No space left on device")
-
-    async with daemon(path, image, before_commit=before_commit) as first:
+    room = Room()
+    async with daemon(path, image, before_commit=room.check) as first:
         node = await first.node()
         bitmap = await first.add(node)
         await node.write(GRANULE, DATA)
         await first.add(node, "other")
-        fails = True
+        room.none = True
         bitmap.disable()
         assert not await first.state.keep(node)
-        fails = False
+        room.none = False
         bitmap.enable()
         assert await first.state.keep(node)
         if first.heard.resumed:
@@ -94,18 +89,13 @@ async def test_it_is_safe_again_when_all_of_it_is_stored(path: Path, image: Path
 async def test_what_could_not_be_enabled_durably_records_after_a_kill(
     path: Path, image: Path
 ) -> None:
-    fails = False
-
-    def before_commit() -> None:
-        if fails:
-            raise OSError(28, "No space left on device")
-
-    async with daemon(path, image, before_commit=before_commit) as first:
+    room = Room()
+    async with daemon(path, image, before_commit=room.check) as first:
         node = await first.node()
         bitmap = await first.add(node)
         bitmap.disable()
         assert await first.state.keep(node)
-        fails = True
+        room.none = True
         bitmap.enable()
         assert not await first.state.keep(node)
         async with daemon(first.after_kill(), image) as second:

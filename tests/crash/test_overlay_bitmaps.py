@@ -59,16 +59,21 @@ def start_with(disk: KeptDisk, overlay: Path) -> None:
     disk.start()
 
 
+def check_survives(disk: KeptDisk, overlay: Path) -> None:
+    """What is written now is dirty, and all that is, after a kill."""
+    disk.write([2, 5])
+    disk.kill()
+    start_with(disk, overlay)
+    disk.check_dirty([2, 5])
+    assert "reason" not in disk.infos()["b"]
+
+
 @pytest.mark.parametrize("to", [to_file, to_node])
 @pytest.mark.parametrize("transaction", [False, True], ids=["alone", "in a transaction"])
 def test_after_a_kill(disk: KeptDisk, overlay: Path, to: Any, transaction: bool) -> None:
     put_over(disk, overlay, to=to, transaction=transaction)
-    disk.write([2, 5])
-    disk.kill()
-    start_with(disk, overlay)
+    check_survives(disk, overlay)
     assert list(disk.infos()) == ["b"]
-    disk.check_dirty([2, 5])
-    assert "reason" not in disk.infos()["b"]
 
 
 def test_after_a_kill_before_any_write(disk: KeptDisk, overlay: Path) -> None:
@@ -88,12 +93,8 @@ def test_an_image_that_was_there_before_leaves_none(disk: KeptDisk, overlay: Pat
         disk.qmp.execute("block-dirty-bitmap-add", {"node": "old", **options})
     disk.qmp.execute("blockdev-del", {"node-name": "old"})
     put_over(disk, overlay)
-    disk.write([2, 5])
-    disk.kill()
-    start_with(disk, overlay)
+    check_survives(disk, overlay)
     assert list(disk.infos()) == ["b"]
-    disk.check_dirty([2, 5])
-    assert "reason" not in disk.infos()["b"]
 
 
 def test_one_that_was_made_before_has_its_bitmaps(disk: KeptDisk, overlay: Path) -> None:
@@ -108,8 +109,4 @@ def test_one_that_was_made_before_has_its_bitmaps(disk: KeptDisk, overlay: Path)
     disk.qmp.execute("blockdev-del", {"node-name": "old"})
     command, arguments = to_file(disk, overlay)
     disk.qmp.execute(command, {**arguments, "mode": "existing"})
-    disk.write([2, 5])
-    disk.kill()
-    start_with(disk, overlay)
-    disk.check_dirty([2, 5])
-    assert "reason" not in disk.infos()["b"]
+    check_survives(disk, overlay)

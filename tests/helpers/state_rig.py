@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -79,7 +80,9 @@ class Daemon:
         async with self.state.closing(node):
             await node.driver.close()
 
-    async def add(self, node: Node, name: str = "b", granularity_bytes: int = GRANULE) -> Bitmap:
+    async def add(
+        self, node: Node, name: str = "b", granularity_bytes: int = GRANULE
+    ) -> DirtyBitmap:
         """A new bitmap that is kept."""
         bitmap = node.bitmaps.add(name, granularity_bytes)
         bitmap.persistent = True
@@ -97,7 +100,14 @@ class Daemon:
         return copy
 
 
-Bitmap = DirtyBitmap
+class Room:
+    """To be asked before each transaction: there is room for it, or there is ``none``."""
+
+    none = False
+
+    def check(self) -> None:
+        if self.none:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @asynccontextmanager
