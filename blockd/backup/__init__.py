@@ -1,7 +1,7 @@
 """Backups of a live node: what to copy, the view of the instant, the copying, and the end."""
 
 from blockd.backup.audit_job import AuditJob
-from blockd.backup.backup_job import BackupJob, JobRecord
+from blockd.backup.backup_job import BackupJob
 from blockd.backup.checks import check_not_same, plan_backup
 from blockd.backup.copier import OnErrors
 from blockd.backup.copy_before_write import (
@@ -26,7 +26,6 @@ __all__ = [
     "BitmapMode",
     "CopyBeforeWriteDriver",
     "FilterDriver",
-    "JobRecord",
     "Keeping",
     "OnErrors",
     "Performance",

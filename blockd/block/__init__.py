@@ -22,7 +22,7 @@ from blockd.block.drivers.opening import (
 from blockd.block.drivers.raw import RawDriver
 from blockd.block.drivers.throttle import ThrottleDriver
 from blockd.block.graph import Graph
-from blockd.block.holds import Follower, Hold
+from blockd.block.holds import Hold
 from blockd.block.inflight import Gate, Reservations
 from blockd.block.journal import Journal
 from blockd.block.node import Node
@@ -46,7 +46,6 @@ __all__ = [
     "Driver",
     "FileDriver",
     "Filter",
-    "Follower",
     "Gate",
     "Graph",
     "Hold",

@@ -5,7 +5,7 @@ from blockd.job.group import Group
 from blockd.job.job import Job
 from blockd.job.jobs import Jobs
 from blockd.job.once import OneStepJob
-from blockd.job.rate import RateLimit, check_speed
+from blockd.job.rate import RateLimit
 from blockd.job.states import (
     MAY,
     NEXT,
@@ -32,5 +32,4 @@ __all__ = [
     "Status",
     "Verb",
     "action_on_error",
-    "check_speed",
 ]

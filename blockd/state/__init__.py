@@ -5,7 +5,6 @@ after a kill or a power cut the bitmaps come back with every bit that they need.
 """
 
 from blockd.state.directory import StateDirectory
-from blockd.state.environment import Listener
 from blockd.state.events import StateEvents, tell_of_unfinished
 
-__all__ = ["Listener", "StateDirectory", "StateEvents", "tell_of_unfinished"]
+__all__ = ["StateDirectory", "StateEvents", "tell_of_unfinished"]

@@ -15,6 +15,16 @@ from pathlib import Path
 PATIENCE_SECONDS = 60
 
 
+def end_of(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a process to end; its exit status. One that hangs is killed, and raises."""
+    try:
+        return process.wait(PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(PATIENCE_SECONDS)
+        raise
+
+
 class Daemon:
     """``blockd --qmp unix:DIRECTORY/qmp.sock``, started, ended and killed as often as you like.
 
@@ -93,11 +103,7 @@ class Daemon:
     def wait(self) -> int:
         """Wait for the daemon to end; return its exit status. One that hangs is killed."""
         assert self._process is not None
-        try:
-            return self._process.wait(PATIENCE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
+        return end_of(self._process)
 
     def terminate(self) -> int:
         """SIGTERM, and wait; return the exit status."""

@@ -6,7 +6,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from tests.helpers.daemon import PATIENCE_SECONDS
+from tests.helpers.daemon import end_of
 from tests.helpers.tools import require_tool
 
 
@@ -54,11 +54,7 @@ class Peer:
     def wait(self) -> int:
         """Wait for the daemon to end; return its exit status. One that hangs is killed."""
         assert self._process is not None
-        try:
-            return self._process.wait(PATIENCE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
+        return end_of(self._process)
 
     def kill(self) -> None:
         """SIGKILL, and wait; nothing happens where it has ended."""

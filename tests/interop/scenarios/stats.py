@@ -9,7 +9,6 @@ from tests.helpers.tidy import Message
 from tests.interop.words import DISKS, ENDED, GUEST_DISKS, backup, export, file, node
 
 STATS = do("query-blockstats", query_nodes=True)
-SPECIFIC = ("discard-nb-ok", "discard-nb-failed", "discard-bytes-ok")
 
 
 @dataclass(frozen=True)
