@@ -27,7 +27,7 @@ def run_demo(image: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,  # only bounds a hang
     )
 
 

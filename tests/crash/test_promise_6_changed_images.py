@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.kept_disk import DISK_BYTES, GRANULE_BYTES, KeptDisk
-from tests.helpers.tools import require_tool
+from tests.helpers.qcow2 import qemu_img, qemu_io
 
 
 def disk_of(directory: Path, driver: str) -> Iterator[KeptDisk]:
@@ -35,8 +34,7 @@ def qcow2(tmp_path: Path) -> Iterator[KeptDisk]:
 
 
 def write_with_qemu_io(disk: KeptDisk) -> None:
-    command = [require_tool("qemu-io"), "-f", disk.driver, "-c", "write 1M 4k", str(disk.image)]
-    subprocess.run(command, check=True, capture_output=True)
+    qemu_io(disk.image, "write 1M 4k", driver=disk.driver)
 
 
 def replace_by_a_copy(disk: KeptDisk) -> None:
@@ -133,8 +131,7 @@ def test_the_event_tells_whoever_adds_the_node(raw: KeptDisk) -> None:
 def test_an_image_that_was_only_read_is_as_it_was(raw: KeptDisk) -> None:
     raw.quit()
     for verb in ("info", "map"):
-        command = [require_tool("qemu-img"), verb, "-f", "raw", str(raw.image)]
-        subprocess.run(command, check=True, capture_output=True)
+        qemu_img(verb, "-f", "raw", raw.image)
     raw.start()
     raw.check_dirty([1, 2])
     assert "reason" not in raw.infos()["b"]

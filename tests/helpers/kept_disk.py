@@ -16,6 +16,7 @@ from blockd.state.disk import HostDisk
 from blockd.state.host import Heartbeat
 from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_client import NbdClient
+from tests.helpers.qcow2 import qemu_img
 from tests.helpers.qmp_client import QmpClient
 from tests.helpers.tools import require_tool
 
@@ -48,9 +49,7 @@ class KeptDisk:
 
     def _make_image(self) -> Path:
         image = self.directory / f"disk.{self.driver}"
-        tool = require_tool("qemu-img")
-        command = [tool, "create", "-q", "-f", self.driver, str(image), str(DISK_BYTES)]
-        subprocess.run(command, check=True)
+        qemu_img("create", "-f", self.driver, image, str(DISK_BYTES))
         return image
 
     # -- the daemon --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""qcow2 images for tests: made here or by qemu-img, and judged by qemu-img."""
+"""QEMU's tools on images; and qcow2 images for tests, made here or by qemu-img."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def qemu_img(*arguments: str | Path) -> str:
     return result.stdout
 
 
-def qemu_io(image: Path, *commands: str) -> str:
-    """Run qemu-io on a qcow2 image; what it prints."""
+def qemu_io(image: Path, *commands: str, driver: str = "qcow2") -> str:
+    """Run qemu-io on an image; what it prints. Where it fails, so does the test."""
     arguments = [argument for command in commands for argument in ("-c", command)]
     result = subprocess.run(
-        [require_tool("qemu-io"), "-f", "qcow2", *arguments, str(image)],
+        [require_tool("qemu-io"), "-f", driver, *arguments, str(image)],
         capture_output=True,
         text=True,
         timeout=60,

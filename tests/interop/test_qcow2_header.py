@@ -12,13 +12,14 @@ import pytest
 from blockd.block.qcow2.extensions import ExtensionType
 from blockd.block.qcow2.parsing import HEADER_BYTES, parse_header
 from blockd.errors import BlockdError
+from tests.helpers.daemon import PATIENCE_SECONDS
+from tests.helpers.qcow2 import qemu_img
 from tests.helpers.tools import require_tool
 
 
 def create(path: Path, *options: str, size: str = "1G") -> Path:
     arguments = [argument for option in options for argument in ("-o", option)]
-    command = [require_tool("qemu-img"), "create", "-q", "-f", "qcow2", *arguments, str(path), size]
-    subprocess.run(command, check=True, timeout=30)
+    qemu_img("create", "-f", "qcow2", *arguments, path, size)
     return path
 
 
@@ -63,8 +64,8 @@ def test_what_qemu_writes_is_read_and_written_the_same(
 
 def test_bitmaps_and_snapshots_of_qemu_are_found(tmp_path: Path) -> None:
     image = create(tmp_path / "image")
-    for command in (["bitmap", "--add", str(image), "b0"], ["snapshot", "-c", "s0", str(image)]):
-        subprocess.run([require_tool("qemu-img"), *command], check=True, timeout=30)
+    qemu_img("bitmap", "--add", image, "b0")
+    qemu_img("snapshot", "-c", "s0", image)
     data = beginning(image)
     header = parse_header(data, image.stat().st_size)
     assert header.extensions.bitmaps is not None
@@ -168,7 +169,7 @@ def test_damage_is_refused_in_the_words_of_qemu(tmp_path: Path, damage: _Damage)
         [require_tool("qemu-io"), "-r", "-f", "qcow2", "-c", "quit", str(path)],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
     refusal = result.stderr.strip().removeprefix(f"qemu-io: can't open device {path}: ")

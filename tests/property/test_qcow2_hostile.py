@@ -12,10 +12,10 @@ from blockd import limits
 from blockd.block import Node
 from blockd.block.qcow2 import ImageOptions, Qcow2Driver, create_image, open_image, read_header
 from blockd.errors import BlockdError
+from tests.helpers.daemon import PATIENCE_SECONDS
 from tests.helpers.memory_driver import MemoryDriver
 
 SIZE_BYTES = 256 * limits.KIB
-PATIENCE_SECONDS = 20
 #: What a write to the wrong place could make of a file this small.
 LARGEST_BYTES = limits.GIB
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from pyroaring import BitMap
 
+from tests.helpers.qcow2 import qemu_img
 from tests.torture.model import BitmapModel, Content, Model
 from tests.torture.write_log import BLOCK_BYTES, WriteLog
 
@@ -32,8 +33,7 @@ class Disk:
         self.image = directory / f"{name}.{driver}"
         self.target = directory / f"{name}.backup"
         for path, format_ in ((self.image, driver), (self.target, "raw")):
-            create = ["qemu-img", "create", "-q", "-f", format_, str(path), str(DISK_BYTES)]
-            subprocess.run(create, check=True)
+            qemu_img("create", "-f", format_, path, str(DISK_BYTES))
         self.log = WriteLog(directory, name)
         self.bitmaps: dict[str, BitmapModel] = {}
         #: The first write that the bitmaps were not looked at with.

@@ -72,7 +72,8 @@ class Extensions:
     backing_format: str | None = None
     data_file: str | None = None
     bitmaps: BitmapsExtension | None = None
-    #: Bitmaps were there, but somebody wrote to the image without keeping them up to date.
+    #: Bitmaps were there, but somebody wrote to the image without keeping them up to date. So this
+    #: header differs from the one for writing, which is written in its place.
     stale_bitmaps: bool = False
     #: (Type, data) of those that the specification does not know.
     unknown: tuple[tuple[int, bytes], ...] = ()
