@@ -27,6 +27,8 @@ from tests.helpers.nbd_server import serving
 from tests.helpers.watched_driver import WatchedDriver
 
 ANY_CID = "4294967295"
+#: An address that no other test listens at, so that a port which was free here still is.
+HOST = "127.84.1.9"
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 
@@ -83,21 +85,21 @@ def test_names_of_abstract_sockets() -> None:
 
 @pytest.mark.parametrize("mptcp", [False, True])
 async def test_tcp(tmp_path: Path, *, mptcp: bool) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with socket.create_server((HOST, 0)) as taken:
         port = taken.getsockname()[1]
-    address = InetAddress("127.0.0.1", str(port), numeric=True, mptcp=mptcp)
+    address = InetAddress(HOST, str(port), numeric=True, mptcp=mptcp)
     client = await read_over(tmp_path, address, address)
-    assert client.filename == f"nbd://127.0.0.1:{port}"
+    assert client.filename == f"nbd://{HOST}:{port}"
 
 
 def free_ports() -> tuple[socket.socket, int]:
     """A port that is taken, and after which one is free."""
     while True:
-        taken = socket.create_server(("127.0.0.1", 0))
+        taken = socket.create_server((HOST, 0))
         port = taken.getsockname()[1]
         with socket.socket() as probe:
             try:
-                probe.bind(("127.0.0.1", port + 1))
+                probe.bind((HOST, port + 1))
             except OSError:
                 taken.close()
                 continue
@@ -107,11 +109,11 @@ def free_ports() -> tuple[socket.socket, int]:
 def test_the_next_free_port() -> None:
     taken, port = free_ports()
     with taken:
-        listener = listen(InetAddress("127.0.0.1", str(port), to=port + 1))
+        listener = listen(InetAddress(HOST, str(port), to=port + 1))
         assert listener.sockets[0].getsockname()[1] == port + 1
         busy = "Failed to find an available port: Address already in use"
         for to in (None, 0, port - 1, port, port + 1):
-            assert refusal(InetAddress("127.0.0.1", str(port), to=to)) == busy
+            assert refusal(InetAddress(HOST, str(port), to=to)) == busy
         listener.close()
 
 
