@@ -18,6 +18,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import asynccontextmanager, suppress
+from weakref import WeakSet
 
 import msgspec
 import trio
@@ -63,6 +64,8 @@ class StateDirectory:
         self._images = opened.images
         self._unfinished_jobs = opened.jobs
         self._attached: dict[Node, KeptImage] = {}
+        #: For what began before, and ends late.
+        self._closed: WeakSet[Node] = WeakSet()
         #: Those that the beat has begun to look after, which may take long where the disk hangs.
         self._looked_after: set[KeptImage] = set()
         self._attaching = trio.Lock()
@@ -231,13 +234,16 @@ class StateDirectory:
 
     async def _keep(
         self, node: Node, image: ImageRecord, kept: Mapping[DirtyBitmap, Kept], *, as_stored: bool
-    ) -> KeptImage:
+    ) -> KeptImage | None:
+        """None where the node has been closed meanwhile."""
         keeper = KeptImage(self._environment, node, image, kept, as_stored=as_stored)
         # It may have been long since there was anything to keep.
         self._beat_now()
         async with node.quiesced():
+            if node in self._closed:
+                return None
             node.keep_journal(keeper.journal)
-            self._attached[node] = keeper
+            self._attached[node], self._images[image.row] = keeper, image
         return keeper
 
     async def keep(self, node: Node) -> bool:
@@ -266,7 +272,7 @@ class StateDirectory:
         return False
 
     async def _adopt(self, node: Node) -> KeptImage | None:
-        """Keep a node from now on, where it has persistent bitmaps."""
+        """Keep a node from now on, where it is open and has persistent bitmaps."""
         if all(bitmap.inconsistent for bitmap in node.bitmaps.kept()):
             return None
         try:
@@ -286,7 +292,6 @@ class StateDirectory:
             epoch=0,
             bitmaps=(),
         )
-        self._images[row] = image
         return await self._keep(node, image, {}, as_stored=False)
 
     async def _forget_others(self, place: Place) -> None:
@@ -313,6 +318,7 @@ class StateDirectory:
         then is, as closed cleanly. Where the body raises, or storing fails, its bitmaps will be
         all dirty when it is opened again.
         """
+        self._closed.add(node)
         keeper = self._attached.get(node)
         if keeper is None:
             yield

@@ -65,6 +65,7 @@ class KeptImage:
         self._giving_up = trio.Lock()
         self._begun = self._done = 0
         self._want_whole = False
+        self._closing = False
         self.losses = Losses(environment, node, record.row)
         self._title_rows: dict[DirtyBitmap, int] = {}
         #: Rows of pieces that nothing refers to any more.
@@ -161,16 +162,17 @@ class KeptImage:
 
     # -- checkpoints -------------------------------------------------------------------------
 
-    async def checkpoint(self, *, whole: bool = True) -> None:
+    async def checkpoint(self, *, whole: bool = True, last: bool = False) -> None:
         """Store the bitmaps as they are at some instant from now on. Raises ``OSError``.
 
         ``whole`` False: those that changed by guest writes only may stay as they are stored, for
-        the marks tell of that. Those who wait while one is under way share the next.
+        the marks tell of that. Those who wait while one is under way share the next. Once the
+        node is being closed, only the ``last`` does anything.
         """
         self._want_whole |= whole
         wanted = self._begun + 1
         async with self._changing:
-            if self._done >= wanted:
+            if self._done >= wanted or (self._closing and not last):
                 return
             self._begun += 1
             number, started, stored = self._begun, trio.current_time(), False
@@ -360,13 +362,16 @@ class KeptImage:
 
     async def _store_last(self) -> bool:
         """Whether the image is to be recorded as closed, for its bitmaps are stored."""
-        epoch = self.journal.epoch
+        self._closing = True
+        async with self._changing:
+            # One that was under way has ended, and no other begins.
+            epoch = self.journal.epoch
         if not self.record.open and not self._owes():
             return False
         stored = epoch is not None and not (epoch.regions or self._unstored or self._scan_all)
         try:
             if not stored or self.losses.failed or self._owes():
-                await self.checkpoint()
+                await self.checkpoint(last=True)
         except OSError as error:
             # What is stored of an image that nobody wrote to stays right.
             if self.record.open:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,32 +15,11 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from blockd import limits
 from blockd.bitmap import Bits
 from blockd.block import Node
+from tests.helpers.hung_commits import HungCommits
 from tests.helpers.simulated_disk import SimulatedDisk
 from tests.helpers.state_rig import DATA, GRANULE, SIZE, daemon, dirty, make_image
 
 ALL = set(range(SIZE // GRANULE))
-
-
-class Commits:
-    """Hold up all transactions while ``hung``."""
-
-    def __init__(self) -> None:
-        self._go = threading.Event()
-        self._go.set()
-
-    def before(self) -> None:
-        self._go.wait()
-
-    @contextmanager
-    def hung(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        """And nobody waits for them for long."""
-        self._go.clear()
-        try:
-            with monkeypatch.context() as patched:
-                patched.setattr(limits, "STATE_KEEP_SECONDS", 0)
-                yield
-        finally:
-            self._go.set()
 
 
 def enable(node: Node) -> None:
@@ -76,7 +54,7 @@ def abdicate_with_more(node: Node) -> None:
 async def test_what_would_be_lost_leaves_all_dirty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Node], None]
 ) -> None:
-    image, commits = make_image(tmp_path / "disk.img"), Commits()
+    image, commits = make_image(tmp_path / "disk.img"), HungCommits()
     async with daemon(tmp_path / "state", image, before_commit=commits.before) as one:
         node = await one.node()
         await one.add(node, "on")
@@ -125,7 +103,7 @@ def remove(node: Node) -> None:
 async def test_what_errs_to_dirty_is_left_as_it_is_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Node], None]
 ) -> None:
-    image, commits = make_image(tmp_path / "disk.img"), Commits()
+    image, commits = make_image(tmp_path / "disk.img"), HungCommits()
     async with daemon(tmp_path / "state", image, before_commit=commits.before) as one:
         node = await one.node()
         await one.add(node, "on")
@@ -143,7 +121,7 @@ async def test_what_errs_to_dirty_is_left_as_it_is_stored(
 async def test_a_clean_close_after_it_is_exact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image, commits = make_image(tmp_path / "disk.img"), Commits()
+    image, commits = make_image(tmp_path / "disk.img"), HungCommits()
     async with daemon(tmp_path / "state", image, before_commit=commits.before) as one:
         node = await one.node()
         await one.add(node, "on")

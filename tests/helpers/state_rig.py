@@ -68,6 +68,7 @@ class Daemon:
     heard: Heard
     path: Path
     image: Path
+    _work: trio.Nursery
     _copies: count[int] = field(default_factory=count)
 
     async def node(self, image: Path | None = None, *, name: str = "n") -> Node:
@@ -92,6 +93,11 @@ class Daemon:
     async def checkpoint(self, node: Node) -> None:
         """What happens at intervals."""
         await self.state.store_all(node)
+
+    async def at_rest(self) -> None:
+        """Return once nothing goes on in the background but the beat."""
+        while len(self._work.child_tasks) > 1:
+            await trio.lowlevel.checkpoint()
 
     def after_kill(self) -> Path:
         """The state directory as a kill at this instant leaves it."""
@@ -132,7 +138,7 @@ async def daemon(
             _watch_commits(opened.database, before_commit)
         state = StateDirectory(nursery, heard, opened, boot, disk)
         await state.begin()
-        yield Daemon(state, heard, path, image)
+        yield Daemon(state, heard, path, image, nursery)
         await state.close()
         nursery.cancel_scope.cancel()
 
