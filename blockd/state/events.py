@@ -41,4 +41,7 @@ def tell_of_unfinished(jobs: Sequence[tuple[str, Mapping[str, str]]]) -> None:
         rest = "; its target is incomplete"
         if "bitmap" in facts:
             rest += f", and bitmap '{facts['bitmap']}' has all that it had, and what came after"
+        if "lost-bitmap" in facts:
+            lost = facts["lost-bitmap"]
+            rest += f", and bitmap '{lost}' was not kept, so do a full backup"
         _log.warning("%s (sync %s) did not end when blockd did%s", backup, facts["sync"], rest)

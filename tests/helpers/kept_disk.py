@@ -124,6 +124,10 @@ class KeptDisk:
     def begin_slow_backup(self, sync: str) -> None:
         """Return when it has copied one piece, and sleeps for longer than any test takes."""
         self.begin_backup(sync, speed=1)
+        self.wait_for_the_first_piece()
+
+    def wait_for_the_first_piece(self) -> None:
+        """Of a job that has just begun, and is slow."""
         job: dict[str, Any] = {"current-progress": 0}
         while not job["current-progress"]:
             (job,) = self.qmp.execute("query-jobs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from functools import partial
 
 import msgspec
@@ -159,9 +159,18 @@ class _Record:
             "node": self._source.name,
             "target": self._target.driver.filename,
             "sync": arguments.sync,
-            **({} if arguments.bitmap is None else {"bitmap": arguments.bitmap}),
         }
+        if arguments.bitmap is not None:
+            fact = "bitmap" if self._outlives(arguments.bitmap) else "lost-bitmap"
+            facts[fact] = arguments.bitmap
         await self._archive.record_job(arguments.job_id, facts)
+
+    def _outlives(self, bitmap: str) -> bool:
+        """Whether the archive has it after a crash. An image that keeps it does not."""
+        with suppress(BlockdError):
+            self._archive.check_persistent(self._source)
+            return self._source.bitmaps.get(bitmap).persistent
+        return False
 
     async def end(self) -> None:
         await self._archive.keep(self._source)
