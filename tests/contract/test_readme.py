@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import ssl
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from blockd.__main__ import _parser
 from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.qcow2 import qemu_img
@@ -19,6 +21,7 @@ from tests.helpers.readme import README, commands_in_blocks, shell_lines
 from tests.helpers.tools import require_tool
 
 DISK_BYTES = 1 << 20
+UNIT = README.parent / "systemd" / "blockd.service"
 
 
 @pytest.fixture
@@ -64,6 +67,35 @@ def test_the_readme_leads_to_a_backup_like_the_disk(daemon: Daemon, tmp_path: Pa
         assert backup.read_bytes() == disk.read_bytes()
         assert (tmp_path / "srv/backup/log.img").read_bytes() == log.read_bytes()
         guest.close()
+
+
+def test_the_readme_gives_a_service_its_disks(daemon: Daemon, tmp_path: Path) -> None:
+    """By those of its first commands that are needed after every start."""
+    for directory in ("srv/vm", "run/blockd"):
+        (tmp_path / directory).mkdir(parents=True)
+    (tmp_path / "srv/vm/disk.img").write_bytes(bytes(DISK_BYTES))
+    first, *_ = commands_in_blocks(tmp_path)
+    needed = [each for each in first if not re.search("bitmap|backup", each["execute"])]
+    commands = tmp_path / "disks.qmp"
+    commands.write_text("".join(f"{json.dumps(each)}\n" for each in needed))
+    require_tool("socat")
+    (script,) = re.findall(r"^    sudo (socat .*)$", README.read_text(), re.MULTILINE)
+    script = script.replace("/run/blockd/qmp.sock", str(daemon.qmp_path))
+    script = script.replace("/etc/blockd/disks.qmp", str(commands))
+    command = ["/bin/bash", "-e", "-c", script]
+    done = subprocess.run(command, check=True, capture_output=True, timeout=60)
+    assert done.stdout.splitlines()[1:] == [b'{"return":{}}'] * len(needed)
+    NbdClient.open(str(tmp_path / "run/blockd/nbd.sock"), "disk").close()
+
+
+@pytest.mark.parametrize("path", [README, UNIT], ids=["readme", "unit"])
+def test_blockd_has_the_options_that_it_is_started_with(path: Path) -> None:
+    # Who is let in there need not be known here.
+    text = re.sub("libvirt-qemu|monitoring", "root", path.read_text())
+    lines = re.findall(r"^[^#\n`]*\bblockd (--qmp .*)$", text, re.MULTILINE)
+    assert lines
+    for line in lines:
+        assert _parser().parse_args(line.split()).qmp == "/run/blockd/qmp.sock"
 
 
 def test_the_readme_leads_to_clients_with_certificates(daemon: Daemon, tmp_path: Path) -> None:
