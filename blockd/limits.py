@@ -219,15 +219,14 @@ NBD_OPTIONS_LIMIT = 4096
 
 # --- nodes -----------------------------------------------------------------------------------
 
-#: A node's size: the largest that QEMU takes, 2 ** 63 rounded down to its largest alignment.
+#: A node's size: the largest that QEMU takes, 2 ** 63 rounded down to its largest alignment, so
+#: that an offset can be aligned upward within 63 bits.
 NODE_BYTES = (1 << 63) - GIB
 #: Nodes on top of each other. A request goes through all of them, by some five calls in each, and
 #: Python takes a thousand calls inside each other.
 NODE_LEVELS = 120
 #: Bytes in a node's name (QEMU's limit).
 NODE_NAME_BYTES = 31
-#: A node's size, so that an offset can be aligned upward within 63 bits (QEMU's limit).
-NODE_BYTES = (1 << 63) - GIB
 
 # --- objects ---------------------------------------------------------------------------------
 

@@ -19,7 +19,6 @@ COMPRESSED = 1 << 62
 #: The cluster reads as zeroes, whatever the offset says; only in entries that are not extended.
 ZERO = 1
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
-_RESERVED_MASK = 0x3F00_0000_0000_01FE
 #: All subclusters: in the lower half of a bitmap they are allocated, in the upper half zero.
 ALL_SUBCLUSTERS = (1 << SUBCLUSTERS) - 1
 _SECTOR_BYTES = 512
