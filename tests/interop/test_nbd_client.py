@@ -154,7 +154,7 @@ async def test_a_servers_errors_are_passed_on(tmp_path: Path) -> None:
 
 
 async def test_many_requests_are_with_the_server_at_once(tmp_path: Path) -> None:
-    """Each takes a while there; in a row they would take a quarter of an hour."""
+    """Each takes half a second there; one after the other they would take two minutes."""
     command = nbdkit("--threads=64", "--filter=delay", "memory", str(SIZE), "rdelay=500ms")
     with serving(command, tmp_path / "s") as process, trio.fail_after(60):
         async with trio.open_nursery() as tasks:
