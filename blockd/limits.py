@@ -67,7 +67,8 @@ STATE_DELETE_PIECES = 64
 STATE_CHECKPOINT_SECONDS = 60
 STATE_CHECKPOINT_SHARE = 0.1
 #: Epochs whose marks files may be there at once: a command stores the bitmaps that it changed, and
-#: the others need the marks that they have not been stored with yet.
+#: the others need the marks that they have not been stored with yet. Where they can't be stored by
+#: then, a crash leaves them all dirty, and no marks are kept.
 STATE_EPOCHS = 8
 #: How often storing is tried again while it fails.
 STATE_RETRY_SECONDS = 10

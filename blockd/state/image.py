@@ -25,7 +25,7 @@ from blockd.state.environment import Environment
 from blockd.state.epoch import Epoch
 from blockd.state.epochs import delete_before, end_epoch, hold_place, make_epoch
 from blockd.state.journal import ImageJournal
-from blockd.state.kept import Kept
+from blockd.state.kept import Kept, KeptBitmaps
 from blockd.state.losses import Losses
 from blockd.state.places import sync_and_identify
 from blockd.state.records import ArmedRow, BitmapTitle, Identity, ImageRecord
@@ -54,7 +54,7 @@ class KeptImage:
         self._commits = environment.commits
         self.node = node
         self.record = record
-        self._kept = dict(kept)
+        self._kept = KeptBitmaps(kept)
         self._sound = as_stored
         self.journal = ImageJournal(self._prepare)
         self._arming = Arming(environment, self.journal, record.row)
@@ -111,14 +111,24 @@ class KeptImage:
 
     async def give_up_storing(self) -> None:
         """The bitmaps are not stored in time: return once no crash makes one lack anything."""
-        if any(map(self._lacks, self._persistent())):
+        if any(map(self._kept.lacks, self._persistent())):
             await self._give_up(OSError(errno.ETIMEDOUT, "it does not answer"))
 
     async def _poison(self, error: OSError) -> None:
-        epoch = self.journal.epoch
-        await self.losses.poison(self.record.epoch if epoch is None else epoch.number, error)
+        await self.losses.poison(self._epoch_number, error)
 
     # -- epochs ------------------------------------------------------------------------------
+
+    @property
+    def _epoch_number(self) -> int:
+        """Of the epoch in which writes are noted, or else of the last."""
+        epoch = self.journal.epoch
+        return self.record.epoch if epoch is None else epoch.number
+
+    def _many_epochs(self) -> bool:
+        """Whether there are as many as may be there at once."""
+        oldest = max(self._kept.oldest_epoch, self.record.since)
+        return self.record.epoch - oldest >= limits.STATE_EPOCHS
 
     async def _make_epoch(self) -> Epoch:
         """The next epoch, which is recorded unless the bitmaps must be stored before."""
@@ -182,8 +192,7 @@ class KeptImage:
                 stored = True
             except OSError as error:
                 _log.warning("node '%s': its bitmaps can't be stored: %s", self.node.name, error)
-                if self._differs():
-                    await self._give_up(error)
+                await self._make_do(error)
                 raise
             finally:
                 self._pace(started)
@@ -193,22 +202,20 @@ class KeptImage:
         if self._sound:
             self.losses.stored(self.record.since)
 
+    async def _make_do(self, error: OSError) -> None:
+        """A checkpoint failed: do without what can't be kept, and what nothing relies on."""
+        if self._differs() or self._many_epochs():
+            await self._give_up(error)
+        # All is dirty without the epochs before, too.
+        await self._collect(self._epoch_number if self.losses.failed else None)
+
     def _owes(self) -> bool:
         """Whether other bitmaps are stored than there are, but for guest writes."""
         return self._differs() or not self._kept.keys() <= set(self._persistent())
 
     def _differs(self) -> bool:
         """Whether bitmaps have changed, but for guest writes, from what is stored of them."""
-        return not self._sound or any(map(self._changed, self._persistent()))
-
-    def _changed(self, bitmap: DirtyBitmap) -> bool:
-        kept = self._kept.get(bitmap)
-        return kept is None or kept.differs(bitmap)
-
-    def _lacks(self, bitmap: DirtyBitmap) -> bool:
-        """Whether what is stored, with the marks, may have less than the bitmap."""
-        kept = self._kept.get(bitmap)
-        return kept is None or kept.gains != bitmap.gains
+        return not self._sound or any(map(self._kept.changed, self._persistent()))
 
     def _to_store(self) -> Sequence[DirtyBitmap]:
         """What has to be stored now: all, or what changed otherwise than by guest writes.
@@ -216,12 +223,11 @@ class KeptImage:
         All, too, where writes were not noted: then nothing relies on the marks any more.
         """
         bitmaps = self._persistent()
-        oldest = min((kept.record.epoch for kept in self._kept.values()), default=0)
-        many = self.record.epoch - max(oldest, self.record.since) >= limits.STATE_EPOCHS
-        if self._want_whole or many or not self._sound or self.losses.failed:
+        fresh = not self._sound or self.losses.failed
+        if self._want_whole or fresh or self._many_epochs():
             self._want_whole = False
             return bitmaps
-        return [bitmap for bitmap in bitmaps if self._changed(bitmap)]
+        return [bitmap for bitmap in bitmaps if self._kept.changed(bitmap)]
 
     async def _store(self) -> bool:
         """One checkpoint; true where a bitmap changed meanwhile, so that one more is needed."""
@@ -261,7 +267,7 @@ class KeptImage:
         ``armed``: what was at the instant, and so may be written to from then on.
         """
         there = set(self._persistent())
-        kept = {bitmap: old for bitmap, old in self._kept.items() if bitmap in there}
+        kept = KeptBitmaps((each, old) for each, old in self._kept.items() if each in there)
         new = []
         for storing in storings:
             if not storing.stale:
@@ -284,7 +290,7 @@ class KeptImage:
     def _settle(
         self,
         image: ImageRecord,
-        kept: dict[DirtyBitmap, Kept],
+        kept: KeptBitmaps,
         storings: Sequence[Storing],
         *,
         whole: bool,
@@ -292,9 +298,8 @@ class KeptImage:
         """The commit is durable: go by it."""
         for storing in storings:
             self._garbage += storing.added if storing.stale else storing.obsolete
-        used = {ref.row for each in kept.values() for ref in each.record.pieces}
-        for old in self._kept.values():
-            self._garbage += [ref.row for ref in old.record.pieces if ref.row not in used]
+        used = kept.piece_rows()
+        self._garbage += self._kept.piece_rows()
         self._garbage = [row for row in dict.fromkeys(self._garbage) if row not in used]
         self.record, self._kept = image, kept
         if whole:
