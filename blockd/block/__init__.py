@@ -2,7 +2,7 @@
 
 from blockd.block.accounting import Accounts, Counts
 from blockd.block.allocation import Allocation
-from blockd.block.archive import Archive, NoArchive
+from blockd.block.archive import Archive, Coming, NoArchive
 from blockd.block.descriptor import Descriptor, WriteBy
 from blockd.block.driver import Driver
 from blockd.block.drivers.blkdebug import BlkdebugDriver, InjectError, SetState
@@ -40,6 +40,7 @@ __all__ = [
     "BeforeWrite",
     "BlkdebugDriver",
     "Claim",
+    "Coming",
     "CopyOnReadDriver",
     "Counts",
     "Descriptor",

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import trio
 
 from blockd.block.node import Node
 from blockd.errors import BlockdError
+
+
+@dataclass(eq=False, slots=True)
+class Coming:
+    """A persistent bitmap that is about to be added, by somebody who can't take that back."""
+
+    name: str
+    granularity_bytes: int
+    #: Whether it has been, or will not be.
+    over: bool = False
 
 
 class Archive(Protocol):
@@ -29,6 +40,14 @@ class Archive(Protocol):
 
     async def attach(self, node: Node) -> None:
         """Give a node that has just been opened the bitmaps which its image had."""
+
+    async def expect(self, node: Node, coming: Coming) -> bool:
+        """Return once such a bitmap, when it has been added, can't get lost, even if ``keep``
+        fails then. ``keep`` is to be called when it is ``over``.
+
+        False where nothing can be stored: it should not be added.
+        """
+        ...
 
     async def keep(self, node: Node) -> bool:
         """Return once its bitmaps, which a command or a job has changed, are durable.
@@ -67,6 +86,10 @@ class NoArchive:
 
     async def attach(self, node: Node) -> None:
         await trio.lowlevel.checkpoint()
+
+    async def expect(self, node: Node, coming: Coming) -> bool:
+        await trio.lowlevel.checkpoint()
+        return True
 
     async def keep(self, node: Node) -> bool:
         await trio.lowlevel.checkpoint()

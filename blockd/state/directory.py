@@ -25,7 +25,7 @@ import trio
 
 from blockd import limits
 from blockd.bitmap import DirtyBitmap
-from blockd.block import FileDriver, Node
+from blockd.block import Coming, FileDriver, Node
 from blockd.errors import BlockdError
 from blockd.state import changes
 from blockd.state.bounded import Bounded
@@ -246,6 +246,17 @@ class StateDirectory:
             self._attached[node], self._images[image.row] = keeper, image
         return keeper
 
+    async def expect(self, node: Node, coming: Coming) -> bool:
+        """As ``Archive`` has it; as bounded as ``keep``."""
+
+        async def store() -> None:
+            keeper = await self._keeper(node, adopt=True)
+            if keeper is not None:
+                keeper.coming.add(coming)
+                await keeper.checkpoint(whole=False)
+
+        return await self._bounded.do(store)
+
     async def keep(self, node: Node) -> bool:
         """Return once the persistent bitmaps are durable as they are now: then True.
 
@@ -258,10 +269,8 @@ class StateDirectory:
         """
 
         async def store() -> None:
-            keeper = self._attached.get(node)
-            if keeper is None:
-                async with self._attaching:
-                    keeper = self._attached.get(node) or await self._adopt(node)
+            has_any = not all(bitmap.inconsistent for bitmap in node.bitmaps.kept())
+            keeper = await self._keeper(node, adopt=has_any)
             if keeper is not None:
                 await keeper.checkpoint(whole=False)
 
@@ -271,10 +280,16 @@ class StateDirectory:
             await self._bounded.do(keeper.give_up_storing, limits.STATE_POISON_SECONDS)
         return False
 
+    async def _keeper(self, node: Node, *, adopt: bool) -> KeptImage | None:
+        """None where the node is not kept; ``adopt``: it is from now on, if that is possible."""
+        if keeper := self._attached.get(node):
+            return keeper
+        async with self._attaching:
+            keeper = self._attached.get(node)
+            return await self._adopt(node) if keeper is None and adopt else keeper
+
     async def _adopt(self, node: Node) -> KeptImage | None:
-        """Keep a node from now on, where it is open and has persistent bitmaps."""
-        if all(bitmap.inconsistent for bitmap in node.bitmaps.kept()):
-            return None
+        """Keep a node from now on, where it is open."""
         try:
             place = find_place(node)
         except BlockdError:

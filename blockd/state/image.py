@@ -19,6 +19,7 @@ from blockd.state import changes, marks
 from blockd.state.arming import Arming
 from blockd.state.changes import Apply
 from blockd.state.checkpoint import Storing, begin_storing, store_pieces, windows_of
+from blockd.state.coming import ComingBitmaps
 from blockd.state.commits import Pending
 from blockd.state.disk import Disk
 from blockd.state.environment import Environment
@@ -67,6 +68,8 @@ class KeptImage:
         self._want_whole = False
         self._closing = False
         self.losses = Losses(environment, node, record.row)
+        #: A checkpoint makes those durable that were added here.
+        self.coming = ComingBitmaps(environment.rows)
         self._title_rows: dict[DirtyBitmap, int] = {}
         #: Rows of pieces that nothing refers to any more.
         self._garbage: list[int] = []
@@ -277,7 +280,7 @@ class KeptImage:
         gone = [old.record for bitmap, old in self._kept.items() if bitmap not in kept]
         image = msgspec.structs.replace(
             self.record if self._sound else self._opened,
-            bitmaps=tuple(each.record.title for each in kept.values()),
+            bitmaps=self.coming.beside([each.record.title for each in kept.values()]),
         )
         steps = [changes.put_bitmaps(image.row, new, gone)]
         if size_bytes is not None:

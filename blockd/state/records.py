@@ -65,6 +65,8 @@ class BitmapTitle(msgspec.Struct, frozen=True):
     recording: bool
     #: As ``DirtyBitmap.identity``.
     identity: str | None = None
+    #: There is none of the name yet, unless the image came to harm: then nobody knows.
+    coming: bool = False
 
 
 class BitmapRecord(msgspec.Struct, frozen=True):

@@ -79,9 +79,9 @@ def recover(stored: Stored, now: Circumstances) -> Recovery:
     touched = None if reason else _touched(stored, now)
     if reason is None and stored.image.open and touched is None:
         reason = Reason.STATE_DAMAGED
-    bitmaps = [
-        _recover_bitmap(stored, title, now, reason, touched) for title in stored.image.bitmaps
-    ]
+    # One that was coming could be stored when it had been added, or else that was recorded.
+    titles = [title for title in stored.image.bitmaps if reason is not None or not title.coming]
+    bitmaps = [_recover_bitmap(stored, title, now, reason, touched) for title in titles]
     bitmaps.sort(key=lambda bitmap: bitmap.rank)
     return Recovery(bitmaps, all(each.record is not None for each in bitmaps))
 

@@ -68,6 +68,37 @@ async def test_nothing_is_kept_of_a_transaction_that_is_refused_or_tried() -> No
         assert rig.archive.log == []
 
 
+async def test_a_transaction_expects_what_it_will_add() -> None:
+    async with trio.open_nursery() as nursery:
+        rig = Rig(nursery)
+        add = action("block-dirty-bitmap-add", **B, persistent=True)
+        await rig.rehearse(add)
+        assert rig.archive.log == []
+        with pytest.raises(BlockdError, match="aborted"):
+            await rig.transact(add, action("abort"))
+        assert rig.archive.log == ["expect b on disk", "keep disk"]
+        rig.archive.log.clear()
+        await rig.transact(add, action("block-dirty-bitmap-clear", **B))
+        assert rig.archive.log == ["expect b on disk", "keep disk", "keep disk"]
+        rig.archive.log.clear()
+        with pytest.raises(BlockdError, match="already exists"):
+            await rig.transact(add)
+        assert rig.archive.log == []
+        assert all(coming.over for coming in rig.archive.coming)
+
+
+async def test_a_transaction_is_refused_that_adds_what_can_not_be_kept() -> None:
+    async with trio.open_nursery() as nursery:
+        rig = Rig(nursery)
+        rig.archive.writable = False
+        added = {"name": "c", "persistent": True}
+        add = action("block-dirty-bitmap-add", node="disk", **added)
+        with pytest.raises(BlockdError, match="Bitmap 'c' can't be kept"):
+            await rig.transact(action("block-dirty-bitmap-add", **B), add)
+        assert rig.nodes["disk"].bitmaps.list() == ()
+        assert rig.archive.log == ["expect c on disk"]
+
+
 async def test_a_persistent_bitmap_has_an_identity_from_the_start() -> None:
     async with trio.open_nursery() as nursery:
         rig = Rig(nursery)

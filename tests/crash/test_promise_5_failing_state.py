@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.kept_disk import MIB, KeptDisk
+from tests.helpers.kept_disk import GRANULE_BYTES, MIB, KeptDisk
 from tests.helpers.nbd_client import NbdClient
+from tests.helpers.qmp_client import QmpError
 from tests.helpers.tools import lacking
 
 
@@ -87,6 +88,39 @@ def test_it_is_safe_again_when_there_is_room(small: KeptDisk) -> None:
     small.kill()
     small.start()
     small.check_dirty(granules)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_transaction_adds_no_bitmap_that_a_kill_would_take_away(
+    small: KeptDisk, *, first: bool
+) -> None:
+    small.start()
+    if not first:
+        small.add_bitmap("old")
+    small.write([1])
+    filler = fill(small.state)
+    before = small.infos()
+    with pytest.raises(QmpError, match="'b' can't be kept: the state directory can't be written"):
+        add_and_clear(small)
+    assert small.infos() == before
+    filler.unlink()
+    add_and_clear(small)
+    small.write([2])
+    small.kill()
+    small.start()
+    small.check_dirty([2])
+    assert not any("reason" in info for info in small.infos().values())
+
+
+def add_and_clear(disk: KeptDisk) -> None:
+    """Of two actions, the first is to be kept."""
+    bitmap = {"node": "disk", "name": "b"}
+    added = {**bitmap, "persistent": True, "granularity": GRANULE_BYTES}
+    actions = [
+        {"type": "block-dirty-bitmap-add", "data": added},
+        {"type": "block-dirty-bitmap-clear", "data": bitmap},
+    ]
+    disk.qmp.execute("transaction", {"actions": actions})
 
 
 def marks(disk: KeptDisk) -> Path:

@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from blockd.block import Node
+from blockd.block import Coming, Node
 
 
 class FakeArchive:
-    """``ready``: what ``keep`` waits for."""
+    """``ready``: what ``keep`` waits for. ``writable``: whether anything can be expected."""
 
     keeps_any = True
 
@@ -19,6 +19,8 @@ class FakeArchive:
         self.log: list[str] = []
         self.ready = trio.Event()
         self.ready.set()
+        self.writable = True
+        self.coming: list[Coming] = []
 
     def check_persistent(self, node: Node) -> None:
         """Everything can be kept."""
@@ -31,6 +33,11 @@ class FakeArchive:
 
     async def attach(self, node: Node) -> None:
         self.log.append(f"attach {node.name}")
+
+    async def expect(self, node: Node, coming: Coming) -> bool:
+        self.coming.append(coming)
+        self.log.append(f"expect {coming.name} on {node.name}")
+        return self.writable
 
     async def keep(self, node: Node) -> bool:
         await self.ready.wait()

@@ -11,7 +11,7 @@ import secrets
 import trio
 
 from blockd.bitmap import Bits, DirtyBitmap, default_granularity_bytes
-from blockd.block import Node
+from blockd.block import Coming, Node
 from blockd.errors import BlockdError
 from blockd.qmp.commands.action import Change
 from blockd.qmp.services import Services
@@ -31,9 +31,7 @@ async def add(services: Services, arguments: BlockDirtyBitmapAdd) -> None:
         change = do_add(services, arguments)
     if not await _keep(services, arguments.node) and arguments.persistent:
         change.undo()
-        raise BlockdError(
-            f"Bitmap '{arguments.name}' can't be kept: the state directory can't be written to"
-        )
+        raise cannot_keep(arguments)
 
 
 async def remove(services: Services, arguments: BlockDirtyBitmapRemove) -> None:
@@ -69,8 +67,40 @@ async def _keep(services: Services, name: str) -> bool:
     return node is None or await services.graph.archive.keep(node)
 
 
+def cannot_keep(arguments: BlockDirtyBitmapAdd) -> BlockdError:
+    """What is wrong where the archive can't."""
+    return BlockdError(
+        f"Bitmap '{arguments.name}' can't be kept: the state directory can't be written to"
+    )
+
+
+async def expect(services: Services, arguments: BlockDirtyBitmapAdd) -> tuple[Coming | None, bool]:
+    """Prepare the archive for ``do_add``; the latter is refused anyway where nothing is coming.
+
+    Else whether the archive can keep it.
+    """
+    try:
+        node = _node_to_add_to(services, arguments)
+        granularity_bytes = _check_new(services, node, arguments)
+    except BlockdError:
+        return None, True
+    coming = Coming(arguments.name, granularity_bytes)
+    return coming, await services.graph.archive.expect(node, coming)
+
+
 def do_add(services: Services, arguments: BlockDirtyBitmapAdd) -> Change:
     node = _node_to_add_to(services, arguments)
+    granularity_bytes = _check_new(services, node, arguments)
+    bitmap = node.bitmaps.add(arguments.name, granularity_bytes, disabled=arguments.disabled)
+    bitmap.persistent = arguments.persistent
+    if bitmap.persistent:
+        # Now, so that it is kept with it.
+        bitmap.identity = secrets.token_hex(16)
+    return Change(undo=lambda: node.bitmaps.remove(arguments.name))
+
+
+def _check_new(services: Services, node: Node, arguments: BlockDirtyBitmapAdd) -> int:
+    """The granularity in bytes of a bitmap that may be added."""
     granularity_bytes = arguments.granularity
     if granularity_bytes is None:
         granularity_bytes = default_granularity_bytes(node.driver.cluster_size_bytes)
@@ -78,12 +108,7 @@ def do_add(services: Services, arguments: BlockDirtyBitmapAdd) -> Change:
     if arguments.persistent:
         _check_persistent(services, node, arguments.name, granularity_bytes)
     node.bitmaps.check_new(arguments.name, granularity_bytes)
-    bitmap = node.bitmaps.add(arguments.name, granularity_bytes, disabled=arguments.disabled)
-    bitmap.persistent = arguments.persistent
-    if bitmap.persistent:
-        # Now, so that it is kept with it.
-        bitmap.identity = secrets.token_hex(16)
-    return Change(undo=lambda: node.bitmaps.remove(arguments.name))
+    return granularity_bytes
 
 
 def _check_persistent(services: Services, node: Node, name: str, granularity_bytes: int) -> None:

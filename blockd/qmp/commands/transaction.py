@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
-from blockd.block import Node
+from blockd.block import Coming, Node
 from blockd.errors import BlockdError
 from blockd.qmp.commands import bitmap
 from blockd.qmp.commands.action import Action, Change, at_one_instant, carry_out
@@ -15,7 +15,7 @@ from blockd.qmp.commands.snapshot import SnapshotToFile, SnapshotToNode
 from blockd.qmp.dispatch import describe
 from blockd.qmp.services import Services
 from blockd.qmp.types import transaction as types
-from blockd.qmp.types.bitmap import BlockDirtyBitmapRemove
+from blockd.qmp.types.bitmap import BlockDirtyBitmapAdd, BlockDirtyBitmapRemove
 
 
 class _Abort(Action):
@@ -48,6 +48,36 @@ class _ChangeBitmap(Action):
                 await self._services.graph.archive.keep(node)
 
 
+class _AddBitmap(_ChangeBitmap):
+    """One that could not be kept is refused before anything is done that can't be undone.
+
+    That is not known of the nodes that the transaction itself makes.
+    """
+
+    def __init__(self, services: Services, arguments: BlockDirtyBitmapAdd) -> None:
+        super().__init__(services, arguments, bitmap.do_add)
+        self._coming: Coming | None = None
+        self._can_keep = True
+
+    async def stage(self) -> None:
+        await super().stage()
+        if self._arguments.persistent and not self._services.rehearsing:
+            self._coming, self._can_keep = await bitmap.expect(self._services, self._arguments)
+
+    def take_effect(self) -> Change:
+        change = super().take_effect()
+        if not self._can_keep:
+            change.undo()
+            raise bitmap.cannot_keep(self._arguments)
+        return change
+
+    async def settle(self, *, committed: bool) -> None:
+        if self._coming is not None:
+            self._coming.over = True
+            committed = committed or self._can_keep
+        await super().settle(committed=committed)
+
+
 class _RemoveBitmap(_ChangeBitmap):
     """The image forgets a persistent one once the transaction has taken effect."""
 
@@ -73,7 +103,7 @@ def _changes(do: Callable[[Services, Any], Change]) -> Callable[[Services, Any],
 #: What makes the action of each declaration out of its ``data``.
 ACTIONS: dict[type[types.TransactionAction], Callable[[Services, Any], Action]] = {
     types.Abort: lambda _services, _arguments: _Abort(),
-    types.AddBitmap: _changes(bitmap.do_add),
+    types.AddBitmap: _AddBitmap,
     types.RemoveBitmap: _RemoveBitmap,
     types.ClearBitmap: _changes(bitmap.do_clear),
     types.EnableBitmap: _changes(bitmap.do_enable),
