@@ -7,6 +7,7 @@ import re
 import shutil
 import ssl
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ def daemon_options(tmp_path: Path) -> list[str]:
     return ["--state-dir", str(tmp_path / "state")]
 
 
+def make_disk(root: Path) -> Path:
+    """The README's disk and directories."""
+    for directory in ("srv/vm", "srv/backup", "run/blockd"):
+        (root / directory).mkdir(parents=True)
+    disk = root / "srv/vm/disk.img"
+    disk.write_bytes(b"before" + bytes(DISK_BYTES - 6))
+    return disk
+
+
 def carry_out(qmp: QmpClient, commands: list[dict[str, Any]], *, backups: int = 1) -> None:
     """All the commands, of which the last begins so many backups; and wait for those."""
     for command in commands:
@@ -39,10 +49,7 @@ def carry_out(qmp: QmpClient, commands: list[dict[str, Any]], *, backups: int = 
 
 
 def test_the_readme_leads_to_a_backup_like_the_disk(daemon: Daemon, tmp_path: Path) -> None:
-    for directory in ("srv/vm", "srv/backup", "run/blockd"):
-        (tmp_path / directory).mkdir(parents=True)
-    disk, backup = tmp_path / "srv/vm/disk.img", tmp_path / "srv/backup/disk.img"
-    disk.write_bytes(b"before" + bytes(DISK_BYTES - 6))
+    disk, backup = make_disk(tmp_path), tmp_path / "srv/backup/disk.img"
     log = tmp_path / "srv/vm/log.img"
     log.write_bytes(b"log" + bytes(DISK_BYTES - 3))
     first, second, full, above, several, *_ = commands_in_blocks(tmp_path)
@@ -69,11 +76,35 @@ def test_the_readme_leads_to_a_backup_like_the_disk(daemon: Daemon, tmp_path: Pa
         guest.close()
 
 
+def test_the_readme_takes_a_file_out_of_a_chain(daemon: Daemon, tmp_path: Path) -> None:
+    disk, backups = make_disk(tmp_path), tmp_path / "srv/backup"
+    start, _, full, above, *_ = commands_in_blocks(tmp_path)
+    create, *_ = shell_lines(tmp_path, "qemu-img")
+    inline = re.findall(r"`qemu-img ((?:commit|rebase) [^`]*)`", README.read_text())
+    commit, (*rebase, last) = (command.split() for command in inline)
+    assert last == "wednesday.qcow2"
+
+    def on(day: str, below: str, command: Any) -> Any:
+        return json.loads(json.dumps(command).replace("tuesday", day).replace("monday", below))
+
+    with QmpClient(daemon.qmp_path) as qmp:
+        carry_out(qmp, start[1:])
+        carry_out(qmp, full)
+        with NbdClient.open(str(tmp_path / "run/blockd/nbd.sock"), "disk") as guest:
+            for below, day in pairwise(["monday", "tuesday", "wednesday"]):
+                guest.write(len(day), day.encode())
+                qemu_img(*on(day, below, create))
+                carry_out(qmp, on(day, below, above))
+    qemu_img(*commit, backups / "tuesday.qcow2")
+    (backups / "tuesday.qcow2").unlink()
+    qemu_img(*rebase, backups / last)
+    qemu_img("convert", "-O", "raw", backups / last, tmp_path / "restored.img")
+    assert (tmp_path / "restored.img").read_bytes() == disk.read_bytes()
+
+
 def test_the_readme_gives_a_service_its_disks(daemon: Daemon, tmp_path: Path) -> None:
     """By those of its first commands that are needed after every start."""
-    for directory in ("srv/vm", "run/blockd"):
-        (tmp_path / directory).mkdir(parents=True)
-    (tmp_path / "srv/vm/disk.img").write_bytes(bytes(DISK_BYTES))
+    make_disk(tmp_path)
     first, *_ = commands_in_blocks(tmp_path)
     needed = [each for each in first if not re.search("bitmap|backup", each["execute"])]
     commands = tmp_path / "disks.qmp"
