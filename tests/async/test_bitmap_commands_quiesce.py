@@ -19,6 +19,7 @@ from blockd.qmp.commands import COMMANDS
 from blockd.qmp.dispatch import Dispatcher
 from blockd.qmp.services import Services
 from tests.helpers.memory_driver import MemoryDriver
+from tests.helpers.patience import PATIENCE_SECONDS
 
 KIB = 1024
 OLD = b"o" * (64 * KIB)
@@ -66,7 +67,7 @@ class Rig:
 @asynccontextmanager
 async def open_rig() -> AsyncIterator[Rig]:
     """A test that hangs fails."""
-    with trio.fail_after(60):
+    with trio.fail_after(PATIENCE_SECONDS):
         async with trio.open_nursery() as nursery:
             yield Rig(nursery)
 

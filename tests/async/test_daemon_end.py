@@ -18,11 +18,11 @@ from trio.testing import wait_all_tasks_blocked
 from blockd import daemon, limits
 from blockd.job import Jobs
 from blockd.systemd import ServiceManager
+from tests.helpers.patience import PATIENCE_SECONDS
 
 CONTENT = b"c" * 64 * 1024
 
 #: Longer than all takes, so that it only bounds a hang.
-PATIENCE_SECONDS = 60
 
 
 class Client:

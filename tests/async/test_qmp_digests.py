@@ -15,6 +15,7 @@ from blockd.qmp.commands.bitmap import sha256
 from blockd.qmp.services import Services
 from blockd.qmp.types.bitmap import XDebugBlockDirtyBitmapSha256
 from tests.helpers.memory_driver import MemoryDriver
+from tests.helpers.patience import PATIENCE_SECONDS
 
 SIZE = 1 << 20
 
@@ -50,7 +51,7 @@ async def test_a_guest_writes_while_the_digest_is_made(
     def digest_after_the_write(self: Bits) -> str:
         threads.append(threading.get_ident())
         begun.set()
-        written.wait(60)
+        written.wait(PATIENCE_SECONDS)
         return digest(self)
 
     monkeypatch.setattr(Bits, "digest", digest_after_the_write)
@@ -63,7 +64,7 @@ async def test_a_guest_writes_while_the_digest_is_made(
         clients.start_soon(ask)
         clients.start_soon(ask)
         await wait_all_tasks_blocked()
-        assert begun.wait(60)
+        assert begun.wait(PATIENCE_SECONDS)
         assert len(threads) == 1
         bits.mark(500_000, 1)
         written.set()

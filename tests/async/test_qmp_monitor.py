@@ -21,6 +21,7 @@ from blockd.qmp.dispatch import Command, Dispatcher
 from blockd.qmp.monitor import Monitor
 from blockd.qmp.services import Services
 from blockd.qmp.types import base
+from tests.helpers.patience import PATIENCE_SECONDS
 
 ME = Credentials(pid=4242, uid=1000, groups=frozenset())
 CAPABILITIES = b'{"execute": "qmp_capabilities"}'
@@ -134,7 +135,7 @@ async def open_stage() -> AsyncIterator[Stage]:
     """A test that hangs fails, with what it waited for."""
     clients: list[Client] = []
     try:
-        with trio.fail_after(60):
+        with trio.fail_after(PATIENCE_SECONDS):
             async with trio.open_nursery() as nursery:
                 yield Stage(nursery, clients)
                 nursery.cancel_scope.cancel()

@@ -26,6 +26,7 @@ from blockd.nbd.server import NbdServer
 from blockd.qmp.access import AccessList, Holders
 from blockd.qmp.server import QmpServer
 from blockd.qmp.services import Services
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.qmp_client import QmpClient, QmpError
 
 
@@ -42,7 +43,7 @@ class Running:
 @asynccontextmanager
 async def running(path: Path, access_list: AccessList | None = None) -> AsyncIterator[Running]:
     """Serve at ``path``; the body may close the server itself."""
-    with trio.fail_after(60):
+    with trio.fail_after(PATIENCE_SECONDS):
         async with trio.open_nursery() as nursery:
             bus = Bus()
             stop = trio.Event()

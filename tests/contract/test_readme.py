@@ -16,6 +16,7 @@ import pytest
 from blockd.__main__ import _parser
 from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_client import NbdClient
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.qcow2 import qemu_img
 from tests.helpers.qmp_client import QmpClient
 from tests.helpers.readme import README, commands_in_blocks, shell_lines
@@ -114,7 +115,7 @@ def test_the_readme_gives_a_service_its_disks(daemon: Daemon, tmp_path: Path) ->
     script = script.replace("/run/blockd/qmp.sock", str(daemon.qmp_path))
     script = script.replace("/etc/blockd/disks.qmp", str(commands))
     command = ["/bin/bash", "-e", "-c", script]
-    done = subprocess.run(command, check=True, capture_output=True, timeout=60)
+    done = subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE_SECONDS)
     assert done.stdout.splitlines()[1:] == [b'{"return":{}}'] * len(needed)
     NbdClient.open(str(tmp_path / "run/blockd/nbd.sock"), "disk").close()
 
@@ -146,7 +147,9 @@ def test_the_readme_leads_to_clients_with_certificates(daemon: Daemon, tmp_path:
         carry_out(qmp, commands, backups=0)
         for credentials, gets_in in ((client, True), (tmp_path, True), (server, False)):
             command = [require_tool("nbdinfo"), "--list", uri + str(credentials)]
-            done = subprocess.run(command, check=False, capture_output=True, timeout=60)
+            done = subprocess.run(
+                command, check=False, capture_output=True, timeout=PATIENCE_SECONDS
+            )
             assert (done.returncode == 0) == gets_in
 
 
@@ -163,4 +166,6 @@ def make_certificates(directory: Path) -> None:
     (script,) = re.findall(r'^(    new=".*?)\n\n', README.read_text(), re.MULTILINE | re.DOTALL)
     require_tool("openssl")
     command = ["/bin/bash", "-e", "-c", script]
-    subprocess.run(command, cwd=directory, check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        command, cwd=directory, check=True, capture_output=True, timeout=PATIENCE_SECONDS
+    )

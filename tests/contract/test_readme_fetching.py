@@ -15,6 +15,7 @@ import pytest
 
 from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_client import NbdClient
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.qcow2 import qemu_img
 from tests.helpers.qmp_client import QmpClient
 from tests.helpers.readme import commands_in_blocks, shell_lines
@@ -53,7 +54,7 @@ def run(*command: str) -> str:
         [program, *command[1:]],
         check=False,
         capture_output=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
         env={"PATH": "/usr/bin:/bin"},
     )
     assert done.returncode == 0, done.stderr.decode()

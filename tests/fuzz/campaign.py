@@ -26,7 +26,8 @@ from tests.fuzz.nbd_reconnect import NbdReconnectTarget
 from tests.fuzz.nbd_server import NbdServerTarget
 from tests.fuzz.qcow2 import Qcow2Target
 from tests.fuzz.qmp import QmpTarget
-from tests.helpers.daemon import PATIENCE_SECONDS, Daemon
+from tests.helpers.daemon import Daemon
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.qmp_client import QmpClient
 
 #: Rounds after which the daemon has everything that it will go on to need.

@@ -12,9 +12,10 @@ from blockd.nbd import wire
 from blockd.nbd.chunks import Runs, chunk, hole, status
 from blockd.nbd.wire import Cmd, Errno, Info, Option, Rep, ReplyType, Request
 from tests.fuzz.nbd_server import damaged
-from tests.helpers.daemon import PATIENCE_SECONDS, Daemon
+from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.nbd_codec import Call, NbdError
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.qmp_client import QmpClient, QmpError
 
 SIZE = 1 << 20

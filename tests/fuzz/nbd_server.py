@@ -8,11 +8,12 @@ from random import Random
 from select import select
 
 from blockd.nbd import wire
-from tests.helpers.daemon import PATIENCE_SECONDS, Daemon
+from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_beside_qemu import add_disk, serve_disk
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.nbd_codec import option_bytes, request_bytes
 from tests.helpers.nbd_programs import DISK_BYTES, EXPORT, haggling, program
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.qmp_client import QmpClient
 
 #: Numbers for the fields of 2, 4 and 8 bytes that messages consist of.

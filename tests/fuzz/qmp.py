@@ -12,7 +12,8 @@ from typing import Any
 
 from blockd.qmp.commands import schema
 from blockd.qmp.introspection import Entity
-from tests.helpers.daemon import PATIENCE_SECONDS, Daemon
+from tests.helpers.daemon import Daemon
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.qmp_client import QmpClient, QmpError
 
 DISK_BYTES = 1 << 20

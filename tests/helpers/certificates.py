@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.tools import require_tool
 
 _CURVE = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
@@ -17,7 +18,7 @@ def openssl(directory: Path, *arguments: str) -> None:
         cwd=directory,
         check=True,
         capture_output=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
 
 

@@ -16,6 +16,7 @@ from blockd.qmp.commands import COMMANDS
 from blockd.qmp.dispatch import Dispatcher
 from blockd.qmp.services import Services
 from tests.helpers.memory_driver import MemoryDriver
+from tests.helpers.patience import PATIENCE_SECONDS
 
 
 def action(kind: str, **data: Any) -> dict[str, Any]:
@@ -89,7 +90,7 @@ class CommandRig:
 @asynccontextmanager
 async def command_rig(**drivers: MemoryDriver) -> AsyncIterator[CommandRig]:
     """A test that hangs fails; the jobs that are left are cancelled."""
-    with trio.fail_after(60):
+    with trio.fail_after(PATIENCE_SECONDS):
         async with trio.open_nursery() as nursery:
             yield CommandRig(nursery, drivers)
             nursery.cancel_scope.cancel()

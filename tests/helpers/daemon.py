@@ -11,8 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-#: For starting and for ending in order: far more than either takes, so that it only bounds a hang.
-PATIENCE_SECONDS = 60
+from tests.helpers.patience import PATIENCE_SECONDS
 
 
 def end_of(process: subprocess.Popen[bytes]) -> int:

@@ -27,8 +27,8 @@ from tests.helpers.nbd_codec import (
     parse_server,
     request_bytes,
 )
+from tests.helpers.patience import PATIENCE_SECONDS
 
-PATIENCE_SECONDS = 60  # only bounds a hang
 FIXED_NO_ZEROES = ClientFlag.C_FIXED_NEWSTYLE | ClientFlag.C_NO_ZEROES
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tests.helpers.daemon import PATIENCE_SECONDS
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.tools import require_tool
 
 

@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.tools import require_tool
 
 
 def qemu_img(*arguments: str | Path) -> str:
     """Run qemu-img; what it prints. Where it fails, so does the test."""
     command = [require_tool("qemu-img"), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
+    )
     assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
     return result.stdout
 
@@ -28,7 +31,7 @@ def qemu_io(image: Path, *commands: str, driver: str = "qcow2") -> str:
         [require_tool("qemu-io"), "-f", driver, *arguments, str(image)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -49,7 +52,9 @@ def check(image: Path) -> dict[str, Any]:
 def qemu_img_check(image: Path) -> dict[str, int]:
     """How many errors and leaks qemu-img finds in an image."""
     command = [require_tool("qemu-img"), "check", "-f", "qcow2", "--output=json", str(image)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
+    )
     checked = json.loads(result.stdout)
     assert not checked["check-errors"], result.stderr
     return {kind: checked.get(kind, 0) for kind in ("corruptions", "leaks")}

@@ -9,8 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.helpers.patience import PATIENCE_SECONDS
+
 #: Longer than any answer or event takes, so that it only bounds a hang.
-PATIENCE_SECONDS = 60
 
 
 class QmpError(Exception):

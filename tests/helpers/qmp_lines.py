@@ -7,7 +7,7 @@ import socket
 from types import TracebackType
 from typing import Any, Self
 
-from tests.helpers.daemon import PATIENCE_SECONDS
+from tests.helpers.patience import PATIENCE_SECONDS
 
 
 class Lines:

@@ -23,9 +23,9 @@ from random import Random
 from typing import Any, Protocol
 
 from blockd.nbd.wire import Info
-from tests.helpers.daemon import PATIENCE_SECONDS
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.nbd_codec import NbdError
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.tidy import Message, job_by_job, split_at_reply, tidy, without_noise
 
 MIB = 1024 * 1024

@@ -8,7 +8,7 @@ from typing import Any
 
 import trio
 
-PATIENCE_SECONDS = 60  # only bounds a hang
+from tests.helpers.patience import PATIENCE_SECONDS
 
 
 class SlowCall:

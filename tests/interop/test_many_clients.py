@@ -18,7 +18,8 @@ import qemu.qmp
 
 from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_client import NbdClient
-from tests.helpers.qmp_client import PATIENCE_SECONDS, QmpClient
+from tests.helpers.patience import PATIENCE_SECONDS
+from tests.helpers.qmp_client import QmpClient
 
 EACH_KIND = 25
 ROUNDS = 4

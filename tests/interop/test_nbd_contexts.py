@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.daemon import Daemon
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.peer import Peer
 from tests.helpers.qcow2 import qemu_img, qemu_io
 from tests.helpers.qmp_client import QmpClient
@@ -24,7 +25,10 @@ CONTEXTS = ("base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:b")
 
 def run(*command: str) -> str:
     done = subprocess.run(
-        [require_tool(command[0]), *command[1:]], check=False, capture_output=True, timeout=60
+        [require_tool(command[0]), *command[1:]],
+        check=False,
+        capture_output=True,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout.decode()
@@ -143,6 +147,10 @@ def nbdsh(*scripts: str) -> None:
     for script in scripts:
         command += ["-c", script]
     done = subprocess.run(
-        command, check=False, capture_output=True, timeout=60, env={"PATH": "/usr/bin:/bin"}
+        command,
+        check=False,
+        capture_output=True,
+        timeout=PATIENCE_SECONDS,
+        env={"PATH": "/usr/bin:/bin"},
     )
     assert done.returncode == 0, done.stderr.decode()

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.certificates import Authority
-from tests.helpers.daemon import PATIENCE_SECONDS, Daemon
+from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_client import NbdClient
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.qmp_client import QmpClient
 from tests.helpers.tools import require_tool
 

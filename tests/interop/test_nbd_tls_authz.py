@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.certificates import Authority
-from tests.helpers.daemon import PATIENCE_SECONDS, Daemon
+from tests.helpers.daemon import Daemon
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.peer import Peer
 from tests.helpers.qmp_client import QmpClient
 from tests.helpers.tools import require_tool

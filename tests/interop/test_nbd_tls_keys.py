@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.helpers.certificates import Authority
-from tests.helpers.daemon import PATIENCE_SECONDS, Daemon
+from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_process import qemu_nbd, serving
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.qmp_client import QmpClient, QmpError
 from tests.helpers.tools import require_tool
 

@@ -12,7 +12,7 @@ import pytest
 from blockd.block.qcow2.extensions import ExtensionType
 from blockd.block.qcow2.parsing import HEADER_BYTES, parse_header
 from blockd.errors import BlockdError
-from tests.helpers.daemon import PATIENCE_SECONDS
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.qcow2 import qemu_img
 from tests.helpers.tools import require_tool
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.daemon import Daemon
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.peer import Peer
-from tests.helpers.qmp_client import PATIENCE_SECONDS
 
 NEGOTIATE = b'{"execute": "qmp_capabilities"}'
 LAST = {"return": [], "id": "last"}

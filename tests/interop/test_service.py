@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.tools import require_tool
 
 UNIT = Path(__file__).parents[2] / "systemd" / "blockd.service"
@@ -13,7 +14,11 @@ UNIT = Path(__file__).parents[2] / "systemd" / "blockd.service"
 def test_systemd_has_nothing_to_say_about_the_unit() -> None:
     tool = require_tool("systemd-analyze")
     result = subprocess.run(
-        [tool, "verify", UNIT], capture_output=True, text=True, check=False, timeout=60
+        [tool, "verify", UNIT],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
@@ -26,6 +31,6 @@ def test_the_service_stays_hardened() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
     assert result.returncode == 0, result.stdout

@@ -12,8 +12,8 @@ from blockd import limits
 from blockd.block import Node
 from blockd.block.qcow2 import ImageOptions, Qcow2Driver, create_image, open_image, read_header
 from blockd.errors import BlockdError
-from tests.helpers.daemon import PATIENCE_SECONDS
 from tests.helpers.memory_driver import MemoryDriver
+from tests.helpers.patience import PATIENCE_SECONDS
 
 SIZE_BYTES = 256 * limits.KIB
 #: What a write to the wrong place could make of a file this small.

@@ -15,9 +15,9 @@ import pytest
 
 from blockd.block.drivers.locking import lock_image, resizing
 from blockd.errors import BlockdError
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.tools import require_tool
 
-PATIENCE_SECONDS = 60  # only bounds a hang
 SIZE = 1024 * 1024
 
 
