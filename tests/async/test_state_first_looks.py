@@ -11,12 +11,15 @@ import pytest
 import trio
 
 from blockd import limits
+from blockd.block import Node
 from blockd.state.disk import HostDisk
 from blockd.state.host import Heartbeat
+from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.state_rig import (
     DATA,
     GRANULE,
     SIZE,
+    Daemon,
     daemon,
     dirty,
     make_image,
@@ -48,6 +51,16 @@ async def killed_after_a_write(path: Path, image: Path) -> Path:
         return first.after_kill()
 
 
+async def killed_after_a_change(second: Daemon, file: Node) -> Path:
+    """The image changes in ten seconds; in twenty it is let go of, and the daemon is gone."""
+    later = time.time_ns() + 10 * _NS
+    os.utime(second.image, ns=(later, later))
+    await file.driver.close()
+    path = second.after_kill()
+    last_alive(path, 20)
+    return path
+
+
 async def test_what_is_looked_at_and_not_attached_is_watched_as_before(
     path: Path, image: Path
 ) -> None:
@@ -58,11 +71,7 @@ async def test_what_is_looked_at_and_not_attached_is_watched_as_before(
         await second.state.look_at(file)
         await second.state.opening_ended()
         await file.write(2 * GRANULE, DATA)
-        later = time.time_ns() + 10 * _NS
-        os.utime(image, ns=(later, later))
-        await file.driver.close()
-        path = second.after_kill()
-    last_alive(path, 20)
+        path = await killed_after_a_change(second, file)
     async with daemon(path, image) as third:
         assert len(dirty(await third.node())) == SIZE // GRANULE
         assert third.heard.recovered == [("b", "image-changed")]
@@ -75,11 +84,7 @@ async def test_what_is_attached_in_the_end_is_ours(path: Path, image: Path) -> N
         await second.state.look_at(file)
         await second.node()
         await second.state.opening_ended()
-        later = time.time_ns() + 10 * _NS
-        os.utime(image, ns=(later, later))
-        await file.driver.close()
-        path = second.after_kill()
-    last_alive(path, 20)
+        path = await killed_after_a_change(second, file)
     async with daemon(path, image) as third:
         assert dirty(await third.node()) == {1}
         assert third.heard.recovered == []
@@ -91,11 +96,7 @@ async def test_who_looks_at_a_file_read_only_does_not_have_it(path: Path, image:
         file = open_node(image)
         file.read_only = True
         await second.state.look_at(file)
-        later = time.time_ns() + 10 * _NS
-        os.utime(image, ns=(later, later))
-        await file.driver.close()
-        path = second.after_kill()
-    last_alive(path, 20)
+        path = await killed_after_a_change(second, file)
     async with daemon(path, image) as third:
         assert len(dirty(await third.node())) == SIZE // GRANULE
 
@@ -127,7 +128,7 @@ async def test_a_directory_that_was_full_at_the_start_is_as_good_as_any_later(
 
     async with daemon(path, image, before_commit=before_commit) as first:
         full = False
-        assert await trio.to_thread.run_sync(tried_again.wait, 60)
+        assert await trio.to_thread.run_sync(tried_again.wait, PATIENCE_SECONDS)
         node = await first.node()
         await first.add(node)
         await node.write(GRANULE, DATA)
