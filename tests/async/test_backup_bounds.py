@@ -8,12 +8,9 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from blockd import limits
 from blockd.backup import Performance, Sync
-from tests.helpers.backup_rig import CLUSTER, open_rig, pattern
+from tests.helpers.backup_rig import CLUSTER, OLD, SIZE, open_rig
 from tests.helpers.memory_driver import MemoryDriver
 from tests.helpers.stepped_driver import SteppedDriver
-
-OLD = pattern(20, 512)
-SIZE = len(OLD)
 
 pytestmark = pytest.mark.usefixtures("small_backup_limits")
 

@@ -9,23 +9,10 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from blockd import limits
 from blockd.backup import BitmapMode, Sync
 from blockd.backup.held import HeldStore
-from tests.helpers.backup_rig import CLUSTER, open_rig, pattern
+from tests.helpers.backup_rig import CLUSTER, OLD, SIZE, open_rig
 from tests.helpers.memory_driver import MemoryDriver
 
-OLD = pattern(20, 512)
-SIZE = len(OLD)
-
 pytestmark = pytest.mark.usefixtures("small_backup_limits")
-
-
-@pytest.fixture
-def source() -> MemoryDriver:
-    return MemoryDriver(OLD)
-
-
-@pytest.fixture
-def target() -> MemoryDriver:
-    return MemoryDriver(SIZE)
 
 
 async def test_a_full_backup(source: MemoryDriver, target: MemoryDriver) -> None:

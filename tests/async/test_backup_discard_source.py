@@ -11,25 +11,13 @@ from trio.testing import wait_all_tasks_blocked
 
 from blockd.backup import BitmapMode, Sync
 from blockd.errors import WouldBlock
-from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern
+from tests.helpers.backup_rig import CLUSTER, OLD, SIZE, Rig, open_rig
 from tests.helpers.memory_driver import MemoryDriver
 from tests.helpers.stepped_driver import SteppedDriver
 
-OLD = pattern(20, 512)
-SIZE = len(OLD)
 NEW = memoryview(b"new" * 10)
 
 pytestmark = pytest.mark.usefixtures("small_backup_limits")
-
-
-@pytest.fixture
-def source() -> MemoryDriver:
-    return MemoryDriver(OLD)
-
-
-@pytest.fixture
-def target() -> MemoryDriver:
-    return MemoryDriver(SIZE)
 
 
 def check_nothing_is_lost(rig: Rig) -> None:

@@ -15,7 +15,7 @@ from blockd.backup import BackupJob, BitmapMode, OnErrors, Sync
 from blockd.block import Allocation
 from blockd.errors import BlockdError
 from blockd.job import OnError
-from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern
+from tests.helpers.backup_rig import CLUSTER, OLD, SIZE, Rig, open_rig
 from tests.helpers.error_policies import (
     EIO,
     ENDED_WELL,
@@ -27,22 +27,9 @@ from tests.helpers.error_policies import (
 )
 from tests.helpers.memory_driver import MemoryDriver
 
-OLD = pattern(20, 512)
-SIZE = len(OLD)
-
 ON_SUCCESS, ALWAYS, NEVER = BitmapMode.ON_SUCCESS, BitmapMode.ALWAYS, BitmapMode.NEVER
 
 pytestmark = pytest.mark.usefixtures("small_backup_limits")
-
-
-@pytest.fixture
-def source() -> MemoryDriver:
-    return MemoryDriver(OLD)
-
-
-@pytest.fixture
-def target() -> MemoryDriver:
-    return MemoryDriver(SIZE)
 
 
 def everywhere(policy: OnError) -> OnErrors:

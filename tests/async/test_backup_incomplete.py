@@ -14,10 +14,9 @@ import trio
 from blockd.backup import BitmapMode, OnErrors, Sync
 from blockd.backup.incomplete import IncompleteMark, Needs
 from blockd.job import OnError
-from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern
+from tests.helpers.backup_rig import CLUSTER, OLD, Rig, open_rig
 from tests.helpers.memory_driver import MemoryDriver
 
-OLD = pattern(20, 512)
 ON_SUCCESS, ALWAYS, NEVER = BitmapMode.ON_SUCCESS, BitmapMode.ALWAYS, BitmapMode.NEVER
 
 #: How a backup may end.

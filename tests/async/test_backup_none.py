@@ -9,23 +9,10 @@ from trio.testing import wait_all_tasks_blocked
 
 from blockd.backup import OnErrors, Sync
 from blockd.job import OnError, Status
-from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern
+from tests.helpers.backup_rig import CLUSTER, OLD, SIZE, Rig, open_rig
 from tests.helpers.memory_driver import MemoryDriver
 
-OLD = pattern(20, 512)
-SIZE = len(OLD)
-
 pytestmark = pytest.mark.usefixtures("small_backup_limits")
-
-
-@pytest.fixture
-def source() -> MemoryDriver:
-    return MemoryDriver(OLD)
-
-
-@pytest.fixture
-def target() -> MemoryDriver:
-    return MemoryDriver(SIZE)
 
 
 def only(*clusters: int) -> bytes:

@@ -8,11 +8,8 @@ import pytest
 
 from blockd.backup import Sync
 from blockd.block import WriteBy
-from tests.helpers.backup_rig import CLUSTER, open_rig, pattern
+from tests.helpers.backup_rig import CLUSTER, OLD, SIZE, open_rig
 from tests.helpers.stepped_driver import SteppedDriver
-
-OLD = pattern(20, 512)
-SIZE = len(OLD)
 
 pytestmark = pytest.mark.usefixtures("small_backup_limits")
 

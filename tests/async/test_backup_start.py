@@ -8,10 +8,9 @@ from trio.testing import wait_all_tasks_blocked
 
 from blockd.backup import BitmapMode, Sync
 from blockd.bitmap import DirtyBitmap
-from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern
+from tests.helpers.backup_rig import CLUSTER, OLD, Rig, open_rig
 from tests.helpers.memory_driver import MemoryDriver
 
-OLD = pattern(20, 512)
 NEW = memoryview(b"\xfe" * CLUSTER)
 EARLIER, LATER = 3 * CLUSTER, 9 * CLUSTER
 

@@ -18,11 +18,8 @@ from blockd.backup.sweep import Sweep, Swept
 from blockd.block import Descriptor
 from blockd.errors import WouldBlock
 from blockd.job import OnError, Status
-from tests.helpers.backup_rig import CLUSTER, open_rig, pattern
+from tests.helpers.backup_rig import CLUSTER, OLD, SIZE, open_rig
 from tests.helpers.stepped_driver import SteppedDriver
-
-OLD = pattern(20, 512)
-SIZE = len(OLD)
 
 pytestmark = pytest.mark.usefixtures("small_backup_limits")
 

@@ -10,22 +10,16 @@ from trio.testing import wait_all_tasks_blocked
 
 from blockd.backup import BitmapMode, Sync
 from blockd.block import Node
-from tests.helpers.backup_rig import CLUSTER, Rig, open_rig, pattern
+from tests.helpers.backup_rig import CLUSTER, OLD, SIZE, Rig, open_rig
 from tests.helpers.memory_driver import MemoryDriver
 from tests.helpers.memory_overlay import MemoryOverlay
 
-BASE = pattern(20, 512)
-SIZE = len(BASE)
+BASE = OLD
 #: Bytes that the overlay holds from the beginning: a part of a cluster counts as all of it.
 HELD = {2: 100, 3: CLUSTER, 9: 1, 15: CLUSTER, 20: 3}
 NEW = b"N"
 
 pytestmark = pytest.mark.usefixtures("small_backup_limits")
-
-
-@pytest.fixture
-def target() -> MemoryDriver:
-    return MemoryDriver(SIZE)
 
 
 @pytest.fixture

@@ -52,6 +52,11 @@ def pattern(clusters: int, tail_bytes: int = 0) -> bytes:
     return whole + bytes([201]) * tail_bytes
 
 
+#: What the disk holds that most tests back up: 21 clusters, of the last one a half.
+OLD = pattern(20, 512)
+SIZE = len(OLD)
+
+
 async def start_job(jobs: Jobs, source: Node, job: BackupJob) -> None:
     """Start a job, as a command does; there is no checkpoint between that and the return."""
     try:
