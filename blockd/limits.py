@@ -133,7 +133,7 @@ NBD_RECEIVE_BUFFER_BYTES = 512 * KIB
 NBD_SEND_BUFFER_BYTES = 1 * MIB + KIB
 #: With less room than this behind the unread bytes, they are moved to the buffer's front.
 NBD_RECEIVE_ROOM_BYTES = 192 * KIB
-#: The payload of a write larger than this is received on its own, straight to where it stays.
+#: The rest of a larger write's payload is waited for where it stays, in the middle of a burst.
 NBD_GATHER_BYTES = 64 * KIB
 #: Replies are sent once there is no room for the next one in this: they leave while they are in
 #: the processor's cache. A larger one, up to what the buffer holds, is sent alone.

@@ -338,14 +338,16 @@ class Connection:
     async def _fill(self, count: int, start: int, end: int) -> tuple[int, int]:
         """Have ``count`` bytes in the buffer, which they fit into; where they begin and end.
 
-        No more than these are received: what comes behind them would have to be moved later.
+        What is there behind them is received with them, although some of it is moved later: the
+        client then has room to send more while this is written, and there is one wait through
+        the event loop less for each large write. Those cost more than moving 100 KiB.
         """
         if start == end:
             start = end = 0
         elif start + count > len(self._in_view):
             start, end = self._move_to_front(start, end)
         while end < start + count:
-            end += await self._channel.receive_some_into(self._in_view[end : start + count])
+            end += await self._channel.receive_some_into(self._in_view[end:])
         return start, end
 
     def _move_to_front(self, start: int, end: int) -> tuple[int, int]:
