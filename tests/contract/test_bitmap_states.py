@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.daemon import Daemon
+from tests.helpers.qcow2 import qemu_img
 from tests.helpers.qmp_client import QmpClient, QmpError
 
 TABLE = json.loads((Path(__file__).parents[2] / "protocol" / "states" / "bitmap.json").read_text())
@@ -46,19 +48,46 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
     "job-cancel": ("job-cancel", {"id": "j"}),
 }
 
+IN_USE = "Bitmap 'b' is currently in use by another operation and cannot be used"
+REFUSALS = {
+    "in use": IN_USE,
+    "in use, disabled": IN_USE,
+    "inconsistent": "Bitmap 'b' is inconsistent and cannot be used",
+}
+
 
 @pytest.fixture
 def client(daemon: Daemon, tmp_path: Path) -> Iterator[QmpClient]:
     with QmpClient(daemon.qmp_path) as client:
         for name in ("n", "t", "u"):
             (tmp_path / name).write_bytes(b"x" * DISK_BYTES)
-            file = {"driver": "file", "filename": str(tmp_path / name)}
-            client.execute("blockdev-add", {"driver": "raw", "node-name": name, "file": file})
+            add_node(client, "raw", name, tmp_path / name)
         client.execute("block-dirty-bitmap-add", {"node": "n", "name": "other"})
         yield client
 
 
-def put_in_state(client: QmpClient, state: str) -> None:
+def add_node(client: QmpClient, driver: str, name: str, path: Path) -> None:
+    file = {"driver": "file", "filename": str(path)}
+    client.execute("blockdev-add", {"driver": driver, "node-name": name, "file": file})
+
+
+def make_inconsistent(client: QmpClient, directory: Path) -> None:
+    """The disk is an image now that was copied while its bitmap was in use."""
+    image, copy = directory / "image", directory / "copy"
+    client.execute("blockdev-del", {"node-name": "n"})
+    qemu_img("create", "-f", "qcow2", image, str(DISK_BYTES))
+    qemu_img("bitmap", "--add", image, "b")
+    add_node(client, "qcow2", "n", image)
+    shutil.copy(image, copy)
+    client.execute("blockdev-del", {"node-name": "n"})
+    add_node(client, "qcow2", "n", copy)
+    client.execute("block-dirty-bitmap-add", {"node": "n", "name": "other"})
+
+
+def put_in_state(client: QmpClient, state: str, directory: Path) -> None:
+    if state == "inconsistent":
+        make_inconsistent(client, directory)
+        return
     disabled = not STATES[state]["recording"]
     client.execute("block-dirty-bitmap-add", {**BITMAP, "disabled": disabled})
     if STATES[state]["busy"]:
@@ -70,7 +99,8 @@ def state_of(client: QmpClient) -> str | None:
     bitmaps = {bitmap.get("name"): bitmap for bitmap in nodes["n"]["dirty-bitmaps"]}
     if "b" not in bitmaps:
         return None
-    shown = {flag: bitmaps["b"][flag] for flag in ("recording", "busy")}
+    flags = ("recording", "busy", "inconsistent")
+    shown = {flag: bitmaps["b"][flag] for flag in flags if flag in bitmaps["b"]}
     return next(state for state, flags in STATES.items() if flags == shown)
 
 
@@ -87,9 +117,9 @@ def tidy_up(client: QmpClient) -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_every_command_in_every_state(state: str, client: QmpClient) -> None:
+def test_every_command_in_every_state(state: str, client: QmpClient, tmp_path: Path) -> None:
     for entry, (command, arguments) in COMMANDS.items():
-        put_in_state(client, state)
+        put_in_state(client, state, tmp_path)
         assert state_of(client) == state
         if entry in NEXT[state]:
             client.execute(command, arguments)
@@ -97,8 +127,7 @@ def test_every_command_in_every_state(state: str, client: QmpClient) -> None:
         else:
             with pytest.raises(QmpError) as refused:
                 client.execute(command, arguments)
-            in_use = "Bitmap 'b' is currently in use by another operation and cannot be used"
-            no_job = "Job not found"
-            assert refused.value.description == (no_job if entry == "job-cancel" else in_use)
+            why = "Job not found" if entry == "job-cancel" else REFUSALS[state]
+            assert refused.value.description == why, entry
             assert state_of(client) == state, entry
         tidy_up(client)
