@@ -54,7 +54,8 @@ def put_pieces(pieces: Sequence[tuple[int, bytes]]) -> Apply:
         # milliseconds to have it back.
         rows = ", ".join(["(?, ?)"] * len(pieces))
         values = [value for piece in pieces for value in piece]
-        connection.execute(f"INSERT OR REPLACE INTO piece VALUES {rows}", values)  # noqa: S608
+        query = f"INSERT OR REPLACE INTO piece VALUES {rows}"  # noqa: S608 - question marks
+        connection.execute(query, values)
 
     return apply
 
@@ -62,7 +63,8 @@ def put_pieces(pieces: Sequence[tuple[int, bytes]]) -> Apply:
 def delete_pieces(rows: Sequence[int]) -> Apply:
     def apply(connection: sqlite3.Connection) -> None:
         marks = ", ".join("?" * len(rows))
-        connection.execute(f"DELETE FROM piece WHERE id IN ({marks})", rows)  # noqa: S608
+        query = f"DELETE FROM piece WHERE id IN ({marks})"  # noqa: S608 - question marks
+        connection.execute(query, rows)
 
     return apply
 
