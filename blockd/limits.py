@@ -81,6 +81,10 @@ STATE_POISON_SECONDS = 5
 #: an image may have changed by our own writes.
 STATE_HEARTBEAT_SECONDS = 1
 STATE_HEARTBEAT_LATE_SECONDS = 2
+#: How often that note is made durable; and how much later than it our own writes may be, as a
+#: power cut leaves both. Between them there must be time for a slow disk.
+STATE_HEARTBEAT_SYNC_SECONDS = 10
+STATE_HEARTBEAT_CUT_SECONDS = 30
 
 # --- qcow2 -----------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 lock                which daemon has it
 state.db            what must be atomic: images, bitmaps, armed regions, jobs
 marks/IMAGE.EPOCH   which granules were written to in an epoch
-marks/heartbeat     when the daemon was last alive
+marks/heartbeat     when the daemon was last alive, and how the images were then
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from collections.abc import (
 from contextlib import asynccontextmanager, suppress
 from weakref import WeakSet
 
-import msgspec
 import trio
 
 from blockd import limits
@@ -41,7 +40,8 @@ from blockd.state.loading import put_in, recover_image, unused_pieces
 from blockd.state.opened import Opened, open_directory
 from blockd.state.places import Place, find_place, identify, shape_of
 from blockd.state.records import Identity, ImageRecord, JobRecord
-from blockd.state.recovery import Circumstances, is_another, judge_image
+from blockd.state.recovery import Circumstances, is_another, judge_image, left
+from blockd.state.watch import Watch
 
 _log = logging.getLogger(__name__)
 
@@ -71,9 +71,12 @@ class StateDirectory:
         self._attaching = trio.Lock()
         #: For measurements.
         self.commits = commits = Commits(opened.database)
-        self._environment = Environment(disk, commits, opened.rows, boot.boot_id, listener)
+        self._heartbeat = opened.heartbeat
+        self._environment = Environment(
+            disk, commits, opened.rows, boot.boot_id, listener, opened.heartbeat
+        )
         self._looks = FirstLooks(self._environment, self._images, boot, self._commit)
-        #: Else the time of the daemon before this one is the only record of when it ended.
+        self._watch = Watch(opened.heartbeat)
         self._left_recorded = False
         self._beating = trio.CancelScope()
         nursery.start_soon(self._beat)
@@ -95,11 +98,11 @@ class StateDirectory:
         return directory
 
     async def begin(self) -> None:
-        """Record when a daemon was last alive, for what it had open; not of an earlier boot."""
-        left_ns, boot_id = self._opened.heartbeat.last_ns, self._boot.boot_id
+        """Record when a daemon was last alive, and how it left what it had open."""
+        last_ns, sightings = self._heartbeat.last_ns, self._heartbeat.sightings
         for row, image in self._images.items():
-            if image.open and image.left_ns is None and image.boot_id == boot_id:
-                self._images[row] = msgspec.structs.replace(image, left_ns=left_ns)
+            if image.open and image.left_ns is None:
+                self._images[row] = left(image, self._boot, last_ns, sightings.get(row))
         try:
             await self._record_left()
         except OSError as error:
@@ -113,7 +116,7 @@ class StateDirectory:
         change = changes.all_of(*map(changes.put_image, unused), changes.forget_jobs(jobs))
         await self.commits.commit(Pending(change))
         self._left_recorded = True
-        self._opened.heartbeat.beat()
+        self._heartbeat.begin(self._images)
         self._nursery.start_soon(self._delete_unused)
 
     async def _delete_unused(self) -> None:
@@ -149,7 +152,7 @@ class StateDirectory:
         place = find_place(file)
         identity = await self._identify(place.path, place.fd)
         if identity is not None:
-            self._beat_now()
+            self._heartbeat.beat()
             await self._looks.look(
                 place.path, identity, attached=self._attached_rows(), writable=not file.read_only
             )
@@ -195,7 +198,6 @@ class StateDirectory:
                 size_bytes=node.size_bytes,
                 moved=False,
                 boot_id=self._boot.boot_id,
-                boot_time_ns=self._boot.time_ns,
             )
             if (image := self._at(place)) is None:
                 now = dataclasses.replace(now, moved=True)
@@ -238,7 +240,7 @@ class StateDirectory:
         """None where the node has been closed meanwhile."""
         keeper = KeptImage(self._environment, node, image, kept, as_stored=as_stored)
         # It may have been long since there was anything to keep.
-        self._beat_now()
+        self._heartbeat.beat()
         async with node.quiesced():
             if node in self._closed:
                 return None
@@ -379,7 +381,8 @@ class StateDirectory:
                     with suppress(OSError):
                         await self._record_left()
                 if self._attached or self._looks:
-                    self._beat_now()
+                    self._heartbeat.beat()
+                    self._nursery.start_soon(self._watch.look, tuple(self._attached.values()))
                 for keeper in self._attached.values():
                     if keeper not in self._looked_after:
                         self._looked_after.add(keeper)
@@ -394,11 +397,8 @@ class StateDirectory:
         finally:
             self._looked_after.discard(keeper)
 
-    def _beat_now(self) -> None:
-        if self._left_recorded:
-            self._opened.heartbeat.beat()
-
     async def close(self) -> None:
         """End the background work and let go of the directory. All nodes are closed."""
         self._beating.cancel()
+        await self._watch.end()
         await self._environment.commits.read(lambda _: self._opened.end())

@@ -10,6 +10,7 @@ from blockd.bitmap import DirtyBitmap
 from blockd.block import Node
 from blockd.state.commits import Commits
 from blockd.state.disk import Disk
+from blockd.state.heartbeat import Heartbeat
 
 
 class Listener(Protocol):
@@ -34,3 +35,4 @@ class Environment:
     rows: Iterator[int]
     boot_id: str
     listener: Listener
+    heartbeat: Heartbeat

@@ -18,7 +18,14 @@ from blockd.state.disk import Disk
 from blockd.state.environment import Environment
 from blockd.state.epoch import Epoch
 from blockd.state.places import Place, find_place, identify
-from blockd.state.records import BitmapTitle, Identity, ImageRecord, mark_bytes, mark_shift
+from blockd.state.records import (
+    BitmapTitle,
+    Identity,
+    ImageRecord,
+    Sighting,
+    mark_bytes,
+    mark_shift,
+)
 
 
 async def make_epoch(
@@ -37,7 +44,7 @@ async def make_epoch(
     if not record.epoch:
         # Whoever finds the file later must find the image, too.
         await environment.commits.commit(Pending(changes.put_image(record)))
-    opened = await _opened(record, node, environment.boot_id)
+    opened = await _opened(record, node, environment)
     header = _header(opened, node.size_bytes, titles)
     disk = environment.disk
     epoch = Epoch(disk, await trio.to_thread.run_sync(marks.create, disk, header))
@@ -62,21 +69,30 @@ async def end_epoch(epoch: Epoch | None) -> None:
         await trio.to_thread.run_sync(end)
 
 
-async def _opened(record: ImageRecord, node: Node, boot_id: str) -> ImageRecord:
-    number = record.epoch + 1
+async def _opened(record: ImageRecord, node: Node, environment: Environment) -> ImageRecord:
+    number, heartbeat = record.epoch + 1, environment.heartbeat
+    if not record.open or record.left_ns is not None:
+        # Nobody may have noted for long that a daemon is alive.
+        heartbeat.beat()
+        with suppress(OSError):
+            await trio.to_thread.run_sync(heartbeat.sync)
+    seen_ns = heartbeat.clock()
     place, fd = hold_place(node)
     # The descriptor is closed there, and would keep the image locked for ever.
     with trio.CancelScope(shield=True):
         identity = await trio.to_thread.run_sync(_identify_and_close, fd)
+    heartbeat.saw(record.row, Sighting.of(identity, seen_ns))
     return msgspec.structs.replace(
         record,
         key=place.key,
         identity=identity,
         open=True,
-        boot_id=boot_id,
+        boot_id=environment.boot_id,
         since=record.since if record.open else number,
         epoch=number,
         left_ns=None,
+        seen=None,
+        settled_ns=min(record.settled_ns, identity.inode_changed_ns),
         damaged=False,
         largest_bytes=node.bitmaps.largest_bytes,
     )

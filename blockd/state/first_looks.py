@@ -8,7 +8,6 @@ then on, we too, by another way, leaves no marks, and has to be found out by the
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Awaitable, Callable, Collection
 
 import msgspec
@@ -17,8 +16,8 @@ import trio
 from blockd.state import changes, marks
 from blockd.state.environment import Environment
 from blockd.state.host import Boot
-from blockd.state.records import Identity, ImageRecord
-from blockd.state.recovery import untouched
+from blockd.state.records import Identity, ImageRecord, Sighting
+from blockd.state.recovery import left, untouched
 
 _log = logging.getLogger(__name__)
 
@@ -65,12 +64,15 @@ class FirstLooks:
                 await self._take(image, identity)
 
     async def _take(self, image: ImageRecord, identity: Identity) -> None:
+        heartbeat = self._environment.heartbeat
+        seen = Sighting.of(identity, heartbeat.clock())
         taken = msgspec.structs.replace(
-            image, identity=identity, boot_id=self._boot.boot_id, left_ns=None
+            image, identity=identity, boot_id=self._boot.boot_id, left_ns=None, seen=None
         )
+        heartbeat.saw(image.row, seen)
         self._taken.add(image.row)
         if await self._commit(changes.put_image(taken)):
-            self._images[image.row] = msgspec.structs.replace(taken, left_ns=time.time_ns())
+            self._images[image.row] = left(taken, self._boot, heartbeat.clock(), seen)
 
     async def end(self, *, attached: Collection[int]) -> None:
         """An opening has ended: give back the images that have not got a node.

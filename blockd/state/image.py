@@ -402,6 +402,9 @@ class KeptImage:
     def _closing_change(self, identity: Identity) -> Apply:
         if not self._kept:
             return changes.forget_image(self.record.row)
-        self.record = msgspec.structs.replace(self.record, open=False, identity=identity)
+        settled_ns = identity.inode_changed_ns
+        self.record = msgspec.structs.replace(
+            self.record, open=False, identity=identity, settled_ns=settled_ns
+        )
         disarm = changes.disarm(self.record.row, self.record.epoch + 1)
         return changes.all_of(changes.put_image(self.record), disarm)

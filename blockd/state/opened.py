@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 from blockd.state.database import open_database
 from blockd.state.disk import Disk, HostDisk
-from blockd.state.host import Boot, Heartbeat, this_boot
+from blockd.state.heartbeat import Clock, Heartbeat
+from blockd.state.host import Boot, this_boot
 from blockd.state.loading import load_images, load_jobs
 from blockd.state.lock import DirectoryLock
 from blockd.state.own_directory import make_own
@@ -21,8 +23,10 @@ _log = logging.getLogger(__name__)
 class Opened:
     """What opening a directory gives, before anything goes on in it. Blocks."""
 
-    def __init__(self, path: str, disk: Disk, lock: DirectoryLock) -> None:
-        """Raises ``OSError`` and ``BlockdError``."""
+    def __init__(
+        self, path: str, disk: Disk, lock: DirectoryLock, clock: Clock = time.time_ns
+    ) -> None:
+        """``clock``: as of ``Heartbeat``. Raises ``OSError`` and ``BlockdError``."""
         self._lock = lock
         self._disk = disk
         self.database, damaged = open_database(os.path.join(path, "state.db"))
@@ -34,7 +38,7 @@ class Opened:
             titles = (title.row for image in self.images.values() for title in image.bitmaps)
             self.last_row = max([self.database.last_row(), *self.images, *titles])
             self.rows: Iterator[int] = itertools.count(self.last_row + 1)
-            self.heartbeat = Heartbeat(disk)
+            self.heartbeat = Heartbeat(disk, clock)
         except BaseException:
             self.database.close()
             raise

@@ -47,6 +47,18 @@ class Identity(msgspec.Struct, frozen=True):
         return known and self.same_storage(other, same_boot=True)
 
 
+class Sighting(msgspec.Struct, frozen=True):
+    """The times of an image as they were when it was looked at, not before ``seen_ns``."""
+
+    seen_ns: int
+    changed_ns: int
+    inode_changed_ns: int
+
+    @classmethod
+    def of(cls, identity: Identity, seen_ns: int) -> Sighting:
+        return cls(seen_ns, identity.changed_ns, identity.inode_changed_ns)
+
+
 class PieceRef(msgspec.Struct, frozen=True, array_like=True):
     """A stored piece: the window, its row, the sum within it, and how many granules it has."""
 
@@ -84,10 +96,11 @@ class ImageRecord(msgspec.Struct, frozen=True):
 
     ``open``: it may have been written to since ``identity`` was taken in the boot ``boot_id``;
     armed regions, and the marks of the epochs from ``since`` to ``epoch``, tell where. Else it
-    was closed cleanly, as ``identity`` has it. ``left_ns``: when the daemon that had it open was
-    last alive, by the wall clock; None while one has it, so far as is known, and where none was
-    there to record it before the machine was started again. ``largest_bytes``: as
-    ``NodeBitmaps`` has it.
+    was closed cleanly, as ``identity`` has it. ``left_ns``: the latest time that the daemon which
+    had it open may have given it; None while one has it, so far as is known. ``seen``: how that
+    daemon saw it last, where the machine has not been started again since. ``settled_ns``: no
+    change of ours has given its inode an earlier time than this one, which is durable.
+    ``largest_bytes``: as ``NodeBitmaps`` has it.
     """
 
     row: int
@@ -100,6 +113,8 @@ class ImageRecord(msgspec.Struct, frozen=True):
     epoch: int
     bitmaps: tuple[BitmapTitle, ...]
     left_ns: int | None = None
+    seen: Sighting | None = None
+    settled_ns: int = 0
     damaged: bool = False
     largest_bytes: int = 0
 

@@ -22,7 +22,14 @@ from blockd import limits
 from blockd.bitmap import Bits, DamagedPieceError, Reason, piece_sum, unpack_piece
 from blockd.state.host import Boot
 from blockd.state.marks import Marks
-from blockd.state.records import ArmedRow, BitmapRecord, BitmapTitle, Identity, ImageRecord
+from blockd.state.records import (
+    ArmedRow,
+    BitmapRecord,
+    BitmapTitle,
+    Identity,
+    ImageRecord,
+    Sighting,
+)
 
 _NS = 10**9
 _PIECES_AT_ONCE = 32
@@ -36,7 +43,6 @@ class Circumstances:
     size_bytes: int
     moved: bool
     boot_id: str
-    boot_time_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +124,6 @@ def untouched(image: ImageRecord, identity: Identity, boot: Boot) -> bool:
         size_bytes=image.size_bytes,
         moved=False,
         boot_id=boot.boot_id,
-        boot_time_ns=boot.time_ns,
     )
     return image.identity.same_storage(identity, same_boot=same_boot) and not _changed_since(
         image, now, same_boot=same_boot
@@ -132,16 +137,40 @@ def _differs(then: Identity, now: Circumstances) -> bool:
     return not now.moved and then.inode_changed_ns != now.identity.inode_changed_ns
 
 
+def left(image: ImageRecord, boot: Boot, last_ns: int, seen: Sighting | None) -> ImageRecord:
+    """The record of an image that a daemon had open which is no more: until when it had it.
+
+    ``last_ns``: when that one was last alive; ``seen``: how it saw the image last; both as far as
+    they are known. After a power cut they may be of some time before the last they were noted.
+    """
+    if image.boot_id != boot.boot_id:
+        late_ns = limits.STATE_HEARTBEAT_CUT_SECONDS * _NS
+        left_ns = min(last_ns + late_ns, boot.time_ns)
+        return msgspec.structs.replace(image, left_ns=left_ns, seen=None)
+    seen = seen or Sighting.of(image.identity, last_ns)
+    left_ns = last_ns + limits.STATE_HEARTBEAT_LATE_SECONDS * _NS
+    return msgspec.structs.replace(image, left_ns=left_ns, seen=seen)
+
+
 def _changed_since(image: ImageRecord, now: Circumstances, *, same_boot: bool) -> bool:
-    """Whether an image that was open was written to after our daemon had gone."""
-    changed_ns = now.identity.changed_ns
+    """Whether an image that was open was written to after our daemon had gone.
+
+    What was copied over it may have brought an old time along, but not for the inode; and to be
+    moved is to change the inode.
+    """
+    if image.left_ns is None:
+        return True
+    identity = now.identity
+    if not same_boot or image.seen is None:
+        # A power cut may have taken back any change that was not settled.
+        early = identity.inode_changed_ns < image.settled_ns
+        latest = max(identity.changed_ns, 0 if now.moved else identity.inode_changed_ns)
+        return early or latest > image.left_ns
+    earliest = image.seen.seen_ns - limits.STATE_HEARTBEAT_LATE_SECONDS * _NS
+    times = [(identity.changed_ns, image.seen.changed_ns)]
     if not now.moved:
-        # What was copied over it may have brought its old time along, but not this one.
-        changed_ns = max(changed_ns, now.identity.inode_changed_ns)
-    if not same_boot and image.left_ns is None:
-        return changed_ns > now.boot_time_ns
-    late_ns = limits.STATE_HEARTBEAT_LATE_SECONDS * _NS
-    return changed_ns > (image.left_ns or 0) + late_ns
+        times.append((identity.inode_changed_ns, image.seen.inode_changed_ns))
+    return not all(time == seen or earliest <= time <= image.left_ns for time, seen in times)
 
 
 def _judge_state(stored: Stored, boot_id: str) -> Reason | None:

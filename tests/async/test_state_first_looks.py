@@ -13,7 +13,7 @@ import trio
 from blockd import limits
 from blockd.block import Node
 from blockd.state.disk import HostDisk
-from blockd.state.host import Heartbeat
+from blockd.state.heartbeat import Heartbeat
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.state_rig import (
     DATA,

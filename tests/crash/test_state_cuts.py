@@ -77,7 +77,8 @@ async def cuts(world: World, memory_path: Path) -> list[Cut]:
     def before_commit() -> None:
         recorder.cut("commit")
 
-    async with daemon(memory_path / "state", image, disk=disk, before_commit=before_commit) as one:
+    path, clock = memory_path / "state", world.clock
+    async with daemon(path, image, disk=disk, before_commit=before_commit, clock=clock) as one:
         await Story(world, one).run()
     recorder.cut("the end")
     assert len(recorder.cuts) > 100

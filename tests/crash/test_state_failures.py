@@ -58,7 +58,8 @@ async def run(failure: Failure, path: Path, world: World) -> Run:
     disk.before = failure.strike
     image = make_image(path / "disk.img")
     files = path / "state"
-    async with daemon(files, image, disk=disk, before_commit=failure.strike) as one:
+    strike, clock = failure.strike, world.clock
+    async with daemon(files, image, disk=disk, before_commit=strike, clock=clock) as one:
         failure.on = True
         await Story(world, one, may_fail=True).run(close=False)
         failure.on = False

@@ -13,7 +13,7 @@ from blockd import limits
 from blockd.bitmap import Bits
 from blockd.qmp.types.event import EVENTS
 from blockd.state.disk import HostDisk
-from blockd.state.host import Heartbeat
+from blockd.state.heartbeat import Heartbeat
 from tests.helpers.daemon import Daemon
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.qcow2 import qemu_img

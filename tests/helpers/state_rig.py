@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from blockd.block import FileDriver, Node
 from blockd.state import StateDirectory
 from blockd.state.database import Change, Database
 from blockd.state.disk import Disk, HostDisk
+from blockd.state.heartbeat import Clock
 from blockd.state.host import Boot
 from blockd.state.lock import DirectoryLock
 from blockd.state.opened import Opened
@@ -99,6 +101,11 @@ class Daemon:
         while len(self._work.child_tasks) > 1:
             await trio.lowlevel.checkpoint()
 
+    async def tick(self) -> None:
+        """What happens every second."""
+        self.state._heartbeat.beat()
+        await self.state._watch.look([*self.state._attached.values()])
+
     def after_kill(self) -> Path:
         """The state directory as a kill at this instant leaves it."""
         copy = self.path.with_name(f"{self.path.name}-killed-{next(self._copies)}")
@@ -124,6 +131,7 @@ async def daemon(
     boot: Boot = BOOT,
     disk: Disk | None = None,
     before_commit: Callable[[], None] | None = None,
+    clock: Clock = time.time_ns,
 ) -> AsyncIterator[Daemon]:
     """A daemon without the rest. At the end nodes that are still open are let go of.
 
@@ -133,7 +141,7 @@ async def daemon(
     heard = Heard()
     async with trio.open_nursery() as nursery:
         disk = disk or HostDisk(str(path / "marks"))
-        opened = Opened(str(path), disk, DirectoryLock(str(path)))
+        opened = Opened(str(path), disk, DirectoryLock(str(path)), clock)
         if before_commit is not None:
             _watch_commits(opened.database, before_commit)
         state = StateDirectory(nursery, heard, opened, boot, disk)

@@ -23,16 +23,20 @@ PASSIVE = {"read", "open", "names", "close", "end"}
 class World:
     """The image, as the host describes it, and what a bitmap must have at this instant.
 
+    ``changed``: when the image was, which is what the clock says, too.
     ``must``: granules by bitmap, of those that are there for sure. ``exact``: nothing but guest
     writes is going on, so that this is all. ``written``: the regions that were ever written to.
     ``about``: where a write is under way, which may be marked already.
     """
 
-    changed: int = 1
+    changed: int = 10**18
     must: dict[str, set[int]] = field(default_factory=dict)
     exact: bool = False
     written: set[int] = field(default_factory=set)
     about: int | None = None
+
+    def clock(self) -> int:
+        return self.changed
 
     def identify(self, fd: int) -> Identity:
         return Identity(1, 1, size_bytes=1, changed_ns=self.changed, inode_changed_ns=self.changed)
@@ -40,7 +44,7 @@ class World:
 
 def pretend(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the store believe what ``world`` says of the image."""
-    for module in ("directory", "places", "epochs"):
+    for module in ("directory", "places", "epochs", "watch"):
         monkeypatch.setattr(f"blockd.state.{module}.identify", world.identify)
 
 
@@ -145,7 +149,7 @@ async def reopen(
     copy_database(files, path)
     # Nothing writes to the image between the cut and the boot.
     boot = Boot("boot", 0) if power is None else Boot("next", 1 << 62)
-    async with daemon(path, image, boot=boot, disk=left) as two:
+    async with daemon(path, image, boot=boot, disk=left, clock=world.clock) as two:
         node = await two.node()
         found = {bitmap.name: dirty(node, bitmap.name) for bitmap in node.bitmaps.list()}
         await node.driver.close()

@@ -145,7 +145,7 @@ async def test_promises_2_and_3_random_programs(
     for life in range(6):
         ending = random.choice(["close", "kill", "kill", "power cut"])
         following = memory_path / str(life + 1)
-        async with daemon(path, image, boot=boot, disk=disk) as one:
+        async with daemon(path, image, boot=boot, disk=disk, clock=world.clock) as one:
             node = await one.node()
             assert one.heard.recovered == []
             check(state_of(node), wanted, exact=exact)
