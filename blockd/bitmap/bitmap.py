@@ -269,6 +269,18 @@ class DirtyBitmap:
         self._become(idle(bits, recording=isinstance(self._usable(), Recording)))
         self.version += 1
 
+    def distrust(self, reason: Reason) -> None:
+        """Mark everything, whoever uses the bitmap: writes have come by another way.
+
+        A frozen one has all of it when its job ends, for what the job has read may be either.
+        """
+        state = self.state
+        bits = state.successor if isinstance(state, Frozen) else self._named_bits
+        bits.mark_all()
+        self.reason = reason
+        self.version += 1
+        self.gains += 1
+
     def freeze(self, job: str) -> Freeze:
         """Set the bits aside for ``job``; guest writes are marked in a successor from now on.
 

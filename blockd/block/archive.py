@@ -56,6 +56,9 @@ class Archive(Protocol):
         """
         ...
 
+    async def settle(self, node: Node) -> None:
+        """A node has become read-only: whoever writes to its image from now on is another."""
+
     def closing(self, node: Node) -> AbstractAsyncContextManager[None]:
         """The body closes the node's driver: nothing writes to the node any more."""
         ...
@@ -94,6 +97,9 @@ class NoArchive:
     async def keep(self, node: Node) -> bool:
         await trio.lowlevel.checkpoint()
         return True
+
+    async def settle(self, node: Node) -> None:
+        await trio.lowlevel.checkpoint()
 
     def closing(self, node: Node) -> AbstractAsyncContextManager[None]:
         return nullcontext()

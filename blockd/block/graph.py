@@ -284,6 +284,7 @@ class Graph:
         except OSError as error:
             _log.warning("node '%s' stays writable: %s", node.name, error)
             return
+        await self.archive.settle(node)
         self.standing.settle()
         for role, (child, _) in tuple(self.standing.children[node].items()):
             if role is not Role.BACKING and child not in self._owned and not child.read_only:

@@ -126,7 +126,9 @@ async def _resume(archive: Archive, node: Node) -> None:
     """Let a node go on with the driver that it has now, if that is another one or not."""
     with trio.CancelScope(shield=True):
         try:
-            if not node.read_only:
+            if node.read_only:
+                await archive.settle(node)
+            else:
                 # Before the image is written to, so that this is known to be ours.
                 await archive.keep(node)
                 await node.driver.resume()

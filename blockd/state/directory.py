@@ -34,8 +34,8 @@ from blockd.state.environment import Environment, Listener
 from blockd.state.epochs import forget
 from blockd.state.first_looks import FirstLooks
 from blockd.state.host import Boot
-from blockd.state.image import KeptImage
 from blockd.state.kept import Kept
+from blockd.state.kept_image import KeptImage
 from blockd.state.loading import put_in, recover_image, unused_pieces
 from blockd.state.opened import Opened, open_directory
 from blockd.state.places import Place, find_place, identify, shape_of
@@ -60,7 +60,6 @@ class StateDirectory:
         self._listener = listener
         self._boot = boot
         self._opened = opened
-        self._disk = disk
         self._images = opened.images
         self._unfinished_jobs = opened.jobs
         self._attached: dict[Node, KeptImage] = {}
@@ -71,10 +70,8 @@ class StateDirectory:
         self._attaching = trio.Lock()
         #: For measurements.
         self.commits = commits = Commits(opened.database)
-        self._heartbeat = opened.heartbeat
-        self._environment = Environment(
-            disk, commits, opened.rows, boot.boot_id, listener, opened.heartbeat
-        )
+        self._heartbeat = beat = opened.heartbeat
+        self._environment = Environment(disk, commits, opened.rows, boot.boot_id, listener, beat)
         self._looks = FirstLooks(self._environment, self._images, boot, self._commit)
         self._watch = Watch(opened.heartbeat)
         self._left_recorded = False
@@ -99,10 +96,10 @@ class StateDirectory:
 
     async def begin(self) -> None:
         """Record when a daemon was last alive, and how it left what it had open."""
-        last_ns, sightings = self._heartbeat.last_ns, self._heartbeat.sightings
         for row, image in self._images.items():
             if image.open and image.left_ns is None:
-                self._images[row] = left(image, self._boot, last_ns, sightings.get(row))
+                seen = self._heartbeat.sightings.get(row)
+                self._images[row] = left(image, self._boot, self._heartbeat.last_ns, seen)
         try:
             await self._record_left()
         except OSError as error:
@@ -232,7 +229,9 @@ class StateDirectory:
                 kept[bitmap] = Kept(found.record, bitmap.version, bitmap.gains)
             if bitmap is not None and found.reason is not None:
                 self._listener.bitmap_recovered(node, bitmap)
-        await self._keep(node, image, kept, as_stored=recovery.as_stored)
+        keeper = await self._keep(node, image, kept, as_stored=recovery.as_stored)
+        if keeper is not None:
+            keeper.found(now.identity)
 
     async def _keep(
         self, node: Node, image: ImageRecord, kept: Mapping[DirtyBitmap, Kept], *, as_stored: bool
@@ -274,7 +273,7 @@ class StateDirectory:
             has_any = not all(bitmap.inconsistent for bitmap in node.bitmaps.kept())
             keeper = await self._keeper(node, adopt=has_any)
             if keeper is not None:
-                await keeper.checkpoint(whole=False)
+                await keeper.keep()
 
         if await self._bounded.do(store):
             return True
@@ -326,6 +325,14 @@ class StateDirectory:
     async def store_all(self, node: Node) -> None:
         """Do now what is done at intervals; for tests and measurements. Raises ``OSError``."""
         await self._attached[node].checkpoint()
+
+    async def settle(self, node: Node) -> None:
+        """A node has become read-only: whoever writes to its image from now on is another.
+
+        Its bitmaps are stored, and the image recorded as if it were closed; as bounded as ``keep``.
+        """
+        if keeper := self._attached.get(node):
+            await self._bounded.do(keeper.settle)
 
     @asynccontextmanager
     async def closing(self, node: Node) -> AsyncIterator[None]:
@@ -390,10 +397,7 @@ class StateDirectory:
 
     async def _look_after(self, keeper: KeptImage) -> None:
         try:
-            with suppress(OSError):
-                await keeper.losses.record()
-                if keeper.due:
-                    await keeper.checkpoint()
+            await keeper.look_after()
         finally:
             self._looked_after.discard(keeper)
 

@@ -77,10 +77,7 @@ async def _opened(record: ImageRecord, node: Node, environment: Environment) -> 
         with suppress(OSError):
             await trio.to_thread.run_sync(heartbeat.sync)
     seen_ns = heartbeat.clock()
-    place, fd = hold_place(node)
-    # The descriptor is closed there, and would keep the image locked for ever.
-    with trio.CancelScope(shield=True):
-        identity = await trio.to_thread.run_sync(_identify_and_close, fd)
+    place, identity = await look_at(node)
     heartbeat.saw(record.row, Sighting.of(identity, seen_ns))
     return msgspec.structs.replace(
         record,
@@ -122,6 +119,15 @@ def hold_place(node: Node) -> tuple[Place, int]:
     except BlockdError as error:
         raise OSError(errno.ENODEV, error.message) from error
     return place, os.dup(place.fd)
+
+
+async def look_at(node: Node) -> tuple[Place, Identity]:
+    """Where the image is, and how. Raises ``OSError``."""
+    place, fd = hold_place(node)
+    # The descriptor is closed there, and would keep the image locked for ever.
+    with trio.CancelScope(shield=True):
+        identity = await trio.to_thread.run_sync(_identify_and_close, fd)
+    return place, identity
 
 
 def _identify_and_close(fd: int) -> Identity:

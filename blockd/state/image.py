@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import msgspec
 import trio
 from pyroaring import BitMap64
 
 from blockd import limits
-from blockd.bitmap import DirtyBitmap, Inconsistent
+from blockd.bitmap import DirtyBitmap, Inconsistent, Reason
 from blockd.block import Node
-from blockd.state import changes, marks
+from blockd.state import changes
 from blockd.state.arming import Arming
-from blockd.state.changes import Apply
 from blockd.state.checkpoint import Storing, begin_storing, store_pieces, windows_of
 from blockd.state.coming import ComingBitmaps
 from blockd.state.commits import Pending
-from blockd.state.disk import Disk
 from blockd.state.environment import Environment
 from blockd.state.epoch import Epoch
-from blockd.state.epochs import delete_before, end_epoch, hold_place, make_epoch
+from blockd.state.epochs import delete_before, end_epoch, look_at, make_epoch
 from blockd.state.journal import ImageJournal
 from blockd.state.kept import Kept, KeptBitmaps
 from blockd.state.losses import Losses
-from blockd.state.places import sync_and_identify
 from blockd.state.records import ArmedRow, BitmapTitle, Identity, ImageRecord
 
 _log = logging.getLogger(__name__)
 
 
-class KeptImage:
+class StoredImage:
     """Keeps the persistent bitmaps of one node, and has its journal.
 
     At any instant, what is stored with the marks (or the armed regions) of the epochs since is a
@@ -57,6 +53,8 @@ class KeptImage:
         self.record = record
         self._kept = KeptBitmaps(kept)
         self._sound = as_stored
+        #: How the image is, of a node that is read-only: whoever changes it then is another.
+        self._known: Identity | None = None
         self.journal = ImageJournal(self._prepare)
         self._arming = Arming(environment, self.journal, record.row)
         #: Regions with marks in ended epochs that no checkpoint has stored yet.
@@ -135,6 +133,7 @@ class KeptImage:
 
     async def _make_epoch(self) -> Epoch:
         """The next epoch, which is recorded unless the bitmaps must be stored before."""
+        await self._compare()
         await self.losses.record()
         titles = [self._title(bitmap) for bitmap in self._persistent()]
         epoch, self._opened = await make_epoch(
@@ -145,6 +144,18 @@ class KeptImage:
         else:
             self.record = msgspec.structs.replace(self.record, epoch=epoch.number)
         return epoch
+
+    async def _compare(self) -> None:
+        """Find out whether others have written to the image while the node was read-only."""
+        if self._known is None:
+            return
+        _, now = await look_at(self.node)
+        if not self._known.same_times(now):
+            self._sound = False
+            for bitmap in self._persistent():
+                bitmap.distrust(Reason.IMAGE_CHANGED)
+                self._environment.listener.bitmap_recovered(self.node, bitmap)
+        self._known = now if self.node.read_only else None
 
     def _begin(self, epoch: Epoch) -> Epoch | None:
         """The instant between two epochs; the result is the ended one."""
@@ -339,72 +350,3 @@ class KeptImage:
         epoch = self.journal.epoch
         idle = not self.record.open if epoch is None else not (self.journal.armed or epoch.regions)
         return not idle and trio.current_time() >= self._due
-
-    # -- the end -----------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def closing(self) -> AsyncIterator[None]:
-        """As ``StateDirectory.closing``."""
-        # Nobody else may change the image before it is recorded how it was left.
-        fd: int | None = None
-        # What ends this early leaves the image as one that may have been written to.
-        stored = True
-        try:
-            if stored := await self._store_last():
-                with suppress(OSError):
-                    _, fd = hold_place(self.node)
-            yield
-            if stored and fd is not None:
-                await self._record_closed(fd)
-                stored = False
-        finally:
-            ended = self.journal.epoch
-            self.journal.end()
-            with trio.CancelScope(shield=True):
-                if stored:
-                    # Nobody would find out what is done to the image from now on.
-                    await self._poison(OSError(errno.EIO, "the image was not closed cleanly"))
-                await end_epoch(ended)
-                if fd is not None:
-                    await trio.to_thread.run_sync(os.close, fd)
-
-    async def _store_last(self) -> bool:
-        """Whether the image is to be recorded as closed, for its bitmaps are stored."""
-        self._closing = True
-        async with self._changing:
-            # One that was under way has ended, and no other begins.
-            epoch = self.journal.epoch
-        if not self.record.open and not self._owes():
-            return False
-        stored = epoch is not None and not (epoch.regions or self._unstored or self._scan_all)
-        try:
-            if not stored or self.losses.failed or self._owes():
-                await self.checkpoint(last=True)
-        except OSError as error:
-            # What is stored of an image that nobody wrote to stays right.
-            if self.record.open:
-                await self._give_up(error)
-            return False
-        return True
-
-    async def _record_closed(self, fd: int) -> None:
-        try:
-            identity = await trio.to_thread.run_sync(sync_and_identify, fd)
-            await self._commits.commit(Pending(self._closing_change(identity)))
-        except OSError as error:
-            await self._poison(error)
-            return
-        names = marks.marks_name(self.record.row, self.record.epoch)
-        drop = marks.drop_marks if self._kept else Disk.unlink
-        with suppress(OSError):
-            await trio.to_thread.run_sync(drop, self._environment.disk, names)
-
-    def _closing_change(self, identity: Identity) -> Apply:
-        if not self._kept:
-            return changes.forget_image(self.record.row)
-        settled_ns = identity.inode_changed_ns
-        self.record = msgspec.structs.replace(
-            self.record, open=False, identity=identity, settled_ns=settled_ns
-        )
-        disarm = changes.disarm(self.record.row, self.record.epoch + 1)
-        return changes.all_of(changes.put_image(self.record), disarm)

@@ -41,6 +41,11 @@ class Identity(msgspec.Struct, frozen=True):
             return (self.serial, self.device < 0) == (other.serial, other.device < 0)
         return self.inode == other.inode and (self.device == other.device or not same_boot)
 
+    def same_times(self, other: Identity) -> bool:
+        """Whether neither content nor anything else of it has changed."""
+        ours = (self.size_bytes, self.changed_ns, self.inode_changed_ns)
+        return ours == (other.size_bytes, other.changed_ns, other.inode_changed_ns)
+
     def surely_same_storage(self, other: Identity) -> bool:
         """Whether it is so without a look at where it is: a device without a name may be any."""
         known = self.device >= 0 or self.serial != ""

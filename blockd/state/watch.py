@@ -12,7 +12,7 @@ import trio
 from blockd import limits
 from blockd.state.epochs import hold_place
 from blockd.state.heartbeat import Heartbeat
-from blockd.state.image import KeptImage
+from blockd.state.kept_image import KeptImage
 from blockd.state.places import identify
 from blockd.state.records import Sighting
 

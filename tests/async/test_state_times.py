@@ -15,7 +15,17 @@ from blockd import limits
 from blockd.block import Node
 from blockd.state.host import Boot
 from blockd.state.records import Identity
-from tests.helpers.state_rig import BOOT, DATA, GRANULE, REGION, SIZE, Daemon, daemon, dirty
+from tests.helpers.state_rig import (
+    BOOT,
+    DATA,
+    GRANULE,
+    REGION,
+    SIZE,
+    Daemon,
+    daemon,
+    dirty,
+    open_node,
+)
 from tests.helpers.state_rig import make_image as make_file
 
 SECOND = 10**9
@@ -224,3 +234,88 @@ async def test_a_time_that_somebody_gave_the_image_before_is_as_good_as_any(host
         await node.write(0, DATA)
         host.inode_changed = host.now
         assert await host.recovered(first.after_kill()) == {0}
+
+
+async def attach(host: Host, one: Daemon, *, read_only: bool) -> Node:
+    node = open_node(host.image)
+    node.read_only = read_only
+    await one.state.attach(node)
+    return node
+
+
+@pytest.mark.parametrize("after_kill", [False, True])
+async def test_what_others_write_to_a_node_that_is_read_only_is_not_taken_for_ours(
+    host: Host, *, after_kill: bool
+) -> None:
+    async with host.daemon() as first:
+        node = await first.node()
+        await first.add(node)
+        await host.write(node, 1)
+        path = first.after_kill()
+        if not after_kill:
+            await first.close(node)
+            path = first.after_kill()
+    async with host.daemon(path) as second:
+        node = await attach(host, second, read_only=True)
+        assert dirty(node) == {1}
+        host.now += 10 * SECOND
+        host.change()
+        await second.tick()
+        killed = second.after_kill()
+        await second.close(node)
+        closed = second.after_kill()
+        node = await attach(host, second, read_only=True)
+        assert dirty(node) == ALL
+    for path in (killed, closed):
+        assert await host.recovered(path) == ALL
+
+
+async def test_a_node_that_becomes_read_only_is_as_good_as_closed(host: Host) -> None:
+    async with host.daemon() as first:
+        node = await first.node()
+        await first.add(node)
+        await host.write(node, 1)
+        node.read_only = True
+        await first.state.settle(node)
+        settled = first.after_kill()
+        # Nothing is owed.
+        assert await first.state.keep(node)
+        host.now += SECOND
+        assert await host.recovered(settled) == {1}
+        assert await host.recovered(settled, host.boot()) == {1}
+        node.read_only = False
+        await host.write(node, 2)
+        assert dirty(node) == {1, 2}
+        assert await host.recovered(first.after_kill()) == {1, 2}
+        node.read_only = True
+        await first.state.settle(node)
+        host.now += SECOND
+        host.change()
+        await first.state.settle(node)
+        node.read_only = False
+        # The first write finds it out, before it is done.
+        await host.write(node, 3)
+        assert first.heard.recovered == CHANGED
+        assert dirty(node) == ALL
+        assert await host.recovered(first.after_kill()) == ALL
+
+
+async def test_a_guests_write_while_the_bitmaps_are_still_being_stored_is_kept(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node was read-only for less time than that takes."""
+    monkeypatch.setattr(limits, "STATE_KEEP_SECONDS", 0)
+    async with host.daemon() as first:
+        node = await first.node()
+        bitmap = node.bitmaps.add("b", GRANULE)
+        bitmap.persistent = True
+        await first.state.keep(node)
+        await host.write(node, 1)
+        node.read_only = True
+        await first.state.settle(node)
+        node.read_only = False
+        for granule in range(2, 40):
+            await host.write(node, granule * 7)
+            killed = first.after_kill()
+            wanted = {1, *(each * 7 for each in range(2, granule + 1))}
+            assert wanted <= await host.recovered(killed)

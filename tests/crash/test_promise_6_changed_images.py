@@ -62,6 +62,37 @@ def write_over_it_with_its_old_time(disk: KeptDisk) -> None:
     write_and_set_the_time_back(disk)
 
 
+def write_behind_its_back(disk: KeptDisk) -> None:
+    with disk.image.open("r+b") as file:
+        file.seek(DISK_BYTES // 2)
+        file.write(b"others")
+
+
+def reopen(disk: KeptDisk, *, read_only: bool) -> None:
+    file = {"driver": "file", "filename": str(disk.image)}
+    node = {"driver": disk.driver, "node-name": "disk", "read-only": read_only, "file": file}
+    disk.qmp.execute("blockdev-reopen", {"options": [node]})
+
+
+def make_read_only(disk: KeptDisk) -> None:
+    disk.unexport()
+    reopen(disk, read_only=True)
+
+
+def make_writable(disk: KeptDisk) -> None:
+    reopen(disk, read_only=False)
+
+
+def start_again(disk: KeptDisk) -> None:
+    disk.quit()
+    disk.start()
+
+
+def start_after_a_kill(disk: KeptDisk) -> None:
+    disk.kill()
+    disk.start()
+
+
 def check_way_out(disk: KeptDisk) -> None:
     disk.change_bitmap("clear")
     assert "reason" not in disk.infos()["b"]
@@ -97,6 +128,42 @@ def test_a_change_after_a_kill_is_found_out(
     raw.start()
     raw.check_all_dirty("image-changed")
     check_way_out(raw)
+
+
+@pytest.mark.parametrize(
+    "go_on",
+    [make_writable, start_again, start_after_a_kill],
+    ids=lambda go_on: str(go_on.__name__),
+)
+def test_a_change_while_blockd_may_only_read_is_found_out(
+    raw: KeptDisk, go_on: Callable[[KeptDisk], None]
+) -> None:
+    make_read_only(raw)
+    go_on(raw)
+    raw.check_dirty([1, 2])
+    assert "reason" not in raw.infos()["b"]
+    if go_on is make_writable:
+        raw.export()
+    raw.write([3])
+    make_read_only(raw)
+    write_behind_its_back(raw)
+    go_on(raw)
+    raw.check_all_dirty("image-changed")
+    check_way_out(raw)
+
+
+def test_a_qcow2_image_that_changes_while_it_is_open_to_be_read_is_found_out(
+    qcow2: KeptDisk,
+) -> None:
+    make_read_only(qcow2)
+    make_writable(qcow2)
+    qcow2.check_dirty([1, 2])
+    reopen(qcow2, read_only=True)
+    write_behind_its_back(qcow2)
+    make_writable(qcow2)
+    assert qcow2.hear("BLOCK_DIRTY_BITMAP_RECOVERED")["reason"] == "image-changed"
+    qcow2.check_all_dirty("image-changed")
+    check_way_out(qcow2)
 
 
 def test_another_size_is_found_out(raw: KeptDisk) -> None:

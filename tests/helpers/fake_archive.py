@@ -44,6 +44,9 @@ class FakeArchive:
         self.log.append(f"keep {node.name}")
         return True
 
+    async def settle(self, node: Node) -> None:
+        self.log.append(f"settle {node.name}")
+
     @asynccontextmanager
     async def closing(self, node: Node) -> AsyncIterator[None]:
         self.log.append(f"close {node.name}")

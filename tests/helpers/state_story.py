@@ -135,6 +135,10 @@ class Story:
         bitmaps.get("a").clear()
         await self.keep()
         await self.write(2 * REGION)
+        self.node.read_only = True
+        await self.one.state.settle(self.node)
+        self.node.read_only = False
+        await self.write(4 * REGION)
         if close:
             await self.one.close(self.node)
 

@@ -52,6 +52,7 @@ class Program:
         actions: list[Callable[[], object]] = [
             self.write, self.write, self.write, self.write_much, self.add, self.remove,
             self.clear, self.enable, self.disable, self.freeze, self.thaw, self.store, self.merge,
+            self.rest,
         ]  # fmt: skip
         action = self.random.choice(actions)
         result = action()
@@ -117,6 +118,14 @@ class Program:
                 await self.keep()
             else:
                 freeze.reclaim()
+
+    async def rest(self) -> None:
+        """The node is read-only for a while."""
+        self.node.read_only = True
+        await self.one.state.settle(self.node)
+        self.node.read_only = False
+        if self.random.random() < 0.5:
+            await self.keep()
 
     async def store(self) -> None:
         if self.one.state._attached:

@@ -23,6 +23,7 @@ CHANGES: dict[str, tuple[bool, Change]] = {
     "clear": (True, lambda _, bitmap: bitmap.clear()),
     "put_back": (True, lambda _, bitmap: bitmap.put_back(Bits(SIZE, 65536))),
     "merge": (True, lambda _, bitmap: bitmap.merge_from([Bits(SIZE, 512)])),
+    "distrust": (True, lambda _, bitmap: bitmap.distrust(Reason.IMAGE_CHANGED)),
     "resize": (True, lambda node, _: node.resize(2 * SIZE)),
 }
 
@@ -35,6 +36,23 @@ def test_the_version_rises_with_every_other_change(rises: bool, change: Change) 
     change(node, bitmap)
     node.fold()
     assert (bitmap.version > before) == rises
+
+
+def test_what_is_not_trusted_any_more_is_all_dirty_in_every_state() -> None:
+    node = NodeBitmaps(SIZE)
+    on, off, pinned, reclaimed, abdicated = (node.add(name, 65536) for name in "abcde")
+    off.disable()
+    pin, freezes = pinned.pin("export"), [each.freeze("job") for each in (reclaimed, abdicated)]
+    for bitmap in node.list():
+        bitmap.distrust(Reason.IMAGE_CHANGED)
+        assert bitmap.reason is Reason.IMAGE_CHANGED
+    # The job reads on what it began with.
+    assert reclaimed.count_bytes == 0
+    pin.release()
+    freezes[0].reclaim()
+    freezes[1].abdicate()
+    for bitmap in (on, off, pinned, reclaimed, abdicated):
+        assert bitmap.count_bytes == SIZE
 
 
 def test_a_reason_stays_until_the_bitmap_is_cleared_or_backed_up() -> None:
