@@ -109,11 +109,12 @@ def judge_image(image: ImageRecord, now: Circumstances) -> Reason | None:
 def is_another(image: ImageRecord, identity: Identity, boot: Boot) -> bool:
     """Whether the file is not the one that was there, or is as it was before that.
 
-    Then not even what it says of itself is to be believed.
+    Then not even what it says of itself is to be believed. Nor where it was open: we left it with
+    bitmaps that are in use, and QEMU leaves them so.
     """
     same_boot = image.boot_id == boot.boot_id
     older = identity.changed_ns < image.identity.changed_ns
-    return older or not image.identity.same_storage(identity, same_boot=same_boot)
+    return image.open or older or not image.identity.same_storage(identity, same_boot=same_boot)
 
 
 def untouched(image: ImageRecord, identity: Identity, boot: Boot) -> bool:

@@ -263,3 +263,18 @@ def test_an_older_copy_of_a_qcow2_image_is_found_out(qcow2: KeptDisk) -> None:
     shutil.copy2(older, qcow2.image)
     qcow2.start()
     qcow2.check_all_dirty("image-changed")
+
+
+def test_after_a_crash_no_copy_of_a_qcow2_image_is_believed(qcow2: KeptDisk) -> None:
+    """Not even with new times: consistent bitmaps are not what we left."""
+    qcow2.quit()
+    older = qcow2.directory / "older"
+    shutil.copy(qcow2.image, older)
+    qcow2.start()
+    qcow2.change_bitmap("clear")
+    qcow2.write([5])
+    qcow2.kill()
+    qcow2.was_killed_long_ago()
+    shutil.copyfile(older, qcow2.image)
+    qcow2.start()
+    qcow2.check_all_dirty("image-changed")
