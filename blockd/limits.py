@@ -26,9 +26,10 @@ BITMAP_DEFAULT_GRANULARITY_MAX_BYTES = 64 * KIB
 #: where little is dirty, 6 ms where every other granule is. A power of two, 64 at the least.
 BITMAP_WINDOW_GRANULES = 128 * KIB
 
-#: Granules in one piece of a stored bitmap (16 GiB by 64 KiB): at most 32 KiB, which takes 0.1 ms
-#: to make, and few enough pieces that a large bitmap is read back in milliseconds.
-BITMAP_PIECE_GRANULES = 256 * KIB
+#: Granules in one piece of a stored bitmap (64 GiB by 64 KiB): at most 128 KiB, which takes 0.4 ms
+#: to make, and large enough that reading back hundreds of MiB is not slowed down by their number.
+#: Part of the format.
+BITMAP_PIECE_GRANULES = 1024 * KIB
 
 # --- files and devices -----------------------------------------------------------------------
 
@@ -61,7 +62,9 @@ STATE_MARK_STEP_GRANULES = 512 * KIB
 #: write that needs a region armed may have to wait for such a commit.
 STATE_BATCH_BYTES = 1 * MIB
 STATE_BATCH_PIECES = 1024
-STATE_DELETE_PIECES = 64
+STATE_DELETE_PIECES = 16
+#: Pieces that are read at once (8 MiB): guest writes that need a region armed wait 20 ms for that.
+STATE_READ_PIECES = 64
 #: How often what was written to is stored exactly, so that regions at rest are disarmed; and what
 #: share of the time that may take.
 STATE_CHECKPOINT_SECONDS = 60

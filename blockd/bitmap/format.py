@@ -21,7 +21,7 @@ from pyroaring import BitMap64
 
 from blockd import limits
 
-_MAGIC = b"blkdpc\x00\x01"
+_MAGIC = b"blkdpc\x00\x02"
 _HEADER = struct.Struct("<8sQI")
 _SUM = struct.Struct("<I")
 _DATA_AT = _HEADER.size + _SUM.size
@@ -43,10 +43,10 @@ def unpack_piece(window: int, piece: bytes) -> BitMap64:
     """The granules that ``pack_piece`` was given. Raises ``DamagedPieceError``."""
     if piece[: _HEADER.size] != _HEADER.pack(_MAGIC, window, max(len(piece) - _DATA_AT, 0)):
         raise DamagedPieceError(f"the piece of window {window} is not one")
-    data = memoryview(piece)[_DATA_AT:]
+    data = piece[_DATA_AT:]
     if piece_sum(piece) != zlib.crc32(data, zlib.crc32(piece[: _HEADER.size])):
         raise DamagedPieceError(f"the piece of window {window} is damaged")
-    granules: BitMap64 = BitMap64.deserialize(bytes(data))
+    granules: BitMap64 = BitMap64.deserialize(data)
     return granules
 
 

@@ -18,7 +18,8 @@ from typing import Protocol
 
 from blockd.errors import BlockdError
 
-SCHEMA_VERSION = 1
+#: The tables, and what is in them.
+SCHEMA_VERSION = 2
 _APPLICATION_ID = 0x626C6B64  # "blkd"
 _SCHEMA = """
 CREATE TABLE image (id INTEGER PRIMARY KEY, body BLOB NOT NULL, armed_rows INTEGER NOT NULL);
@@ -65,7 +66,7 @@ class Database:
     """One connection. All calls raise ``OSError``."""
 
     def __init__(self, path: str) -> None:
-        """Open it, or make it. ``BlockdError`` where a newer blockd made it."""
+        """Open it, or make it. ``BlockdError`` where another version of blockd made it."""
         self._suspect_path = f"{path}.suspect"
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         with _as_os_errors():
@@ -92,10 +93,10 @@ class Database:
         )
         if (tables > 0) != (application == _APPLICATION_ID and version > 0):
             raise OSError(errno.EUCLEAN, f"'{path}' is not a database of blockd")
-        if version > SCHEMA_VERSION:
+        if tables and version != SCHEMA_VERSION:
             raise BlockdError(
-                f"'{path}' was made by a newer blockd (its schema is {version}, this one knows "
-                f"{SCHEMA_VERSION}): use that one, or another state directory"
+                f"'{path}' was made by another version of blockd (its schema is {version}, this "
+                f"one knows {SCHEMA_VERSION}): use that one, or another state directory"
             )
         if not tables:
             self._connection.executescript(
@@ -139,11 +140,14 @@ class Database:
     def piece_rows(self) -> Sequence[int]:
         return [row for (row,) in self._rows("SELECT id FROM piece")]
 
-    def pieces(self, rows: Sequence[int]) -> Iterator[bytes | None]:
-        """Pieces by number, each as it is stored; None for one that is not there."""
-        for row in rows:
-            found = self._rows("SELECT data FROM piece WHERE id = ?", (row,))
-            yield found[0][0] if found else None
+    def pieces(self, rows: Sequence[int]) -> Iterator[object]:
+        """Pieces by number, each as it is stored, so it may be anything; None: it is not there."""
+        with self._watched():
+            for row in rows:
+                # One at a time: it is still in the processor's cache when it is looked at.
+                query = self._connection.execute("SELECT data FROM piece WHERE id = ?", (row,))
+                found = query.fetchall()
+                yield found[0][0] if found else None
 
     def _rows(self, query: str, values: tuple[int, ...] = ()) -> list[tuple]:  # type: ignore[type-arg]  # as the database has them
         with self._watched():

@@ -82,7 +82,7 @@ class StateDirectory:
     async def open(cls, path: str, nursery: trio.Nursery, listener: Listener) -> StateDirectory:
         """Make or open one; its background work runs in ``nursery`` until ``close``.
 
-        Raises ``BlockdError`` where another daemon has it, where a newer blockd made it, where
+        Raises ``BlockdError`` where another daemon has it, where another version made it, where
         others may write to it, and where it can't be used at all. A damaged one is used: its
         bitmaps will be all dirty.
         """

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
 import msgspec
 import trio
 
+from blockd import limits
 from blockd.bitmap import Bits, DirtyBitmap, Inconsistent, Recording, Stopped
 from blockd.block import Node
 from blockd.state import marks
@@ -21,9 +23,10 @@ from blockd.state.records import (
     DamagedError,
     ImageRecord,
     JobRecord,
+    PieceRef,
     unseal,
 )
-from blockd.state.recovery import Circumstances, Recovered, Recovery, Stored, read_bits, recover
+from blockd.state.recovery import Circumstances, Recovered, Recovery, Stored, add_pieces, recover
 
 _log = logging.getLogger(__name__)
 
@@ -79,13 +82,12 @@ async def recover_image(
 ) -> Recovery:
     """Read all that is kept of an image, and make its bitmaps of it. Never raises ``OSError``.
 
-    Others commit in between: one bitmap is read at a time.
+    Others commit in between.
     """
     bitmaps: dict[int, tuple[BitmapRecord, Bits]] = {}
     armed: Sequence[ArmedRow] | None = None
     try:
-        details = await commits.read(lambda database: database.details(image.row))
-        records, armed = _records(details), _armed(details)
+        records, armed = await commits.read(partial(_read_details, image_row=image.row))
     except OSError as error:
         _log.error("'%s': its bitmaps can't be read: %s", image.key, error)
         records = []
@@ -96,6 +98,13 @@ async def recover_image(
     found = await trio.to_thread.run_sync(_read_marks, disk, image.row)
     stored = Stored(image, bitmaps, armed, found)
     return await trio.to_thread.run_sync(recover, stored, now)
+
+
+def _read_details(
+    database: Database, image_row: int
+) -> tuple[list[BitmapRecord], Sequence[ArmedRow] | None]:
+    details = database.details(image_row)
+    return _records(details), _armed(details)
 
 
 def _records(details: Details) -> list[BitmapRecord]:
@@ -129,15 +138,20 @@ def unused_pieces(database: Database, last: int) -> Sequence[int]:
 
 
 async def _read_bitmap(record: BitmapRecord, size_bytes: int, commits: Commits) -> Bits | None:
-    def read(database: Database) -> Bits | None:
-        rows = [ref.row for ref in record.pieces]
-        return read_bits(record, database.pieces(rows), size_bytes)
+    bits = Bits(size_bytes, record.title.granularity_bytes)
+
+    def read(database: Database, refs: Sequence[PieceRef]) -> bool:
+        return add_pieces(bits, refs, database.pieces([ref.row for ref in refs]))
 
     try:
-        return await commits.read(read)
+        for at in range(0, len(record.pieces), limits.STATE_READ_PIECES):
+            refs = record.pieces[at : at + limits.STATE_READ_PIECES]
+            if not await commits.read(partial(read, refs=refs)):
+                return None
     except OSError as error:
         _log.error("bitmap '%s' can't be read: %s", record.title.name, error)
         return None
+    return bits
 
 
 def _read_marks(disk: Disk, image_row: int) -> Mapping[int, marks.Marks | None]:

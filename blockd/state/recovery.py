@@ -28,11 +28,13 @@ from blockd.state.records import (
     BitmapTitle,
     Identity,
     ImageRecord,
+    PieceRef,
     Sighting,
 )
 
 _NS = 10**9
-_PIECES_AT_ONCE = 32
+#: As many as a processor's own cache takes (1 MiB).
+_PIECES_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,23 +280,23 @@ def _recover_bitmap(
     return Recovered(title, rank, bits, reason or Reason.STATE_DAMAGED, None)
 
 
-def read_bits(record: BitmapRecord, pieces: Iterable[bytes | None], size_bytes: int) -> Bits | None:
-    """The bits of a bitmap's pieces, which come in the record's order; None for damaged ones."""
-    bits = Bits(size_bytes, record.title.granularity_bytes)
+def add_pieces(bits: Bits, refs: Sequence[PieceRef], pieces: Iterable[object]) -> bool:
+    """Mark what the pieces of ``refs``, in their order, tell; false where one is damaged."""
     part = BitMap64()
-    for number, (ref, piece) in enumerate(zip(record.pieces, pieces, strict=True), start=1):
+    for number, (ref, piece) in enumerate(zip(refs, pieces, strict=True), start=1):
+        # Damage can make anything of a column.
+        if not isinstance(piece, bytes):
+            return False
         try:
-            if piece is None:
-                return None
             granules = unpack_piece(ref.window, piece)
         except DamagedPieceError:
-            return None
+            return False
         if piece_sum(piece) != ref.sum or len(granules) != ref.count:
-            return None
+            return False
         part |= granules
         # A union takes time in proportion to both, so that few are made with all there is.
         if number % _PIECES_AT_ONCE == 0:
             bits.add_granules(part)
             part = BitMap64()
     bits.add_granules(part)
-    return bits
+    return True

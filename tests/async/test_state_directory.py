@@ -11,6 +11,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from blockd import limits
 from blockd.block import Node
 from blockd.errors import BlockdError
 from blockd.state import StateDirectory, changes
@@ -60,6 +61,50 @@ async def test_a_clean_close_gives_the_bitmaps_back_as_they_were(path: Path, ima
         assert [bitmap.recording for bitmap in node.bitmaps.list()] == [False, True]
         assert second.heard.recovered == []
         await second.close(node)
+
+
+async def test_a_bitmap_of_more_pieces_than_are_read_at_once(path: Path, tmp_path: Path) -> None:
+    count = limits.STATE_READ_PIECES + 3
+    window_bytes = limits.BITMAP_PIECE_GRANULES * 512
+    image = make_image(tmp_path / "large.img", count * window_bytes)
+    dirty_granules = {n * limits.BITMAP_PIECE_GRANULES + n for n in range(count)}
+    async with daemon(path, image) as first:
+        node = await first.node()
+        bitmap = await first.add(node, "b", 512)
+        bits = bitmap.copy_bits()
+        bits.update_granules(dirty_granules)
+        bitmap.put_back(bits)
+        assert await first.state.keep(node)
+        await first.close(node)
+    async with daemon(path, image) as second:
+        node = await second.node()
+        assert dirty(node) == dirty_granules
+        assert second.heard.recovered == []
+        await second.close(node)
+
+
+async def test_a_piece_of_another_type_is_damage(path: Path, image: Path) -> None:
+    async with daemon(path, image) as first:
+        node = await first.node()
+        await first.add(node)
+        await node.write(0, DATA)
+        await first.close(node)
+    with closing(sqlite3.connect(path / "state.db", isolation_level=None)) as database:
+        database.execute("UPDATE piece SET data = 1")
+    async with daemon(path, image) as second:
+        assert dirty(await second.node()) == ALL
+        assert second.heard.recovered == [("b", "state-damaged")]
+
+
+@pytest.mark.parametrize("version", [1, 3])
+async def test_a_directory_of_another_version_is_refused(
+    path: Path, nursery: trio.Nursery, version: int
+) -> None:
+    await (await StateDirectory.open(str(path), nursery, Heard())).close()
+    with closing(sqlite3.connect(path / "state.db", isolation_level=None)) as database:
+        database.execute(f"PRAGMA user_version = {version}")
+    with pytest.raises(BlockdError, match="was made by another version of blockd"):
+        await StateDirectory.open(str(path), nursery, Heard())
 
 
 async def test_after_a_kill_the_bits_are_exact(path: Path, image: Path) -> None:
