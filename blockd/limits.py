@@ -63,6 +63,9 @@ STATE_MARK_STEP_GRANULES = 512 * KIB
 STATE_BATCH_BYTES = 1 * MIB
 STATE_BATCH_PIECES = 1024
 STATE_DELETE_PIECES = 16
+#: What the database's log is cut to when its content is in the database. It is moved there after
+#: each 4 MiB, but for transactions that are larger, and while the disk is full.
+STATE_LOG_BYTES = 8 * MIB
 #: Pieces that are read at once (8 MiB): guest writes that need a region armed wait 20 ms for that.
 STATE_READ_PIECES = 64
 #: How often what was written to is stored exactly, so that regions at rest are disarmed; and what

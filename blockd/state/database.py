@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from blockd import limits
 from blockd.errors import BlockdError
 
 #: The tables, and what is in them.
@@ -86,6 +87,10 @@ class Database:
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = FULL")
         execute("PRAGMA cell_size_check = ON")
+        # Some distributions build it to overwrite what is deleted, which is as much to write as
+        # storing it was.
+        execute("PRAGMA secure_delete = OFF")
+        execute(f"PRAGMA journal_size_limit = {limits.STATE_LOG_BYTES}")
         (version,) = execute("PRAGMA user_version").fetchone()
         tables, application = (
             execute("SELECT count(*) FROM sqlite_master").fetchone()[0],
