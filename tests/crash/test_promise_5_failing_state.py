@@ -112,6 +112,19 @@ def test_a_transaction_adds_no_bitmap_that_a_kill_would_take_away(
     assert not any("reason" in info for info in small.infos().values())
 
 
+def test_a_bitmap_that_is_refused_costs_the_others_nothing(small: KeptDisk) -> None:
+    small.start()
+    small.add_bitmap("old")
+    small.write([1])
+    fill(small.state)
+    with pytest.raises(QmpError, match="'b' can't be kept: the state directory can't be written"):
+        small.add_bitmap()
+    small.kill()
+    small.start()
+    small.check_dirty([1], "old")
+    assert list(small.infos()) == ["old"]
+
+
 def add_and_clear(disk: KeptDisk) -> None:
     """Of two actions, the first is to be kept."""
     bitmap = {"node": "disk", "name": "b"}

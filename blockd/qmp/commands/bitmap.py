@@ -27,11 +27,16 @@ from blockd.qmp.types.bitmap import (
 
 
 async def add(services: Services, arguments: BlockDirtyBitmapAdd) -> None:
-    async with _node_to_add_to(services, arguments).quiesced():
-        change = do_add(services, arguments)
-    if not await _keep(services, arguments.node) and arguments.persistent:
-        change.undo()
-        raise cannot_keep(arguments)
+    coming, can_keep = await expect(services, arguments)
+    try:
+        if not can_keep:
+            raise cannot_keep(arguments)
+        async with _node_to_add_to(services, arguments).quiesced():
+            do_add(services, arguments)
+    finally:
+        if coming is not None:
+            coming.over = True
+    await _keep(services, arguments.node)
 
 
 async def remove(services: Services, arguments: BlockDirtyBitmapRemove) -> None:
@@ -61,10 +66,11 @@ async def merge(services: Services, arguments: BlockDirtyBitmapMerge) -> None:
     await _keep(services, arguments.node)
 
 
-async def _keep(services: Services, name: str) -> bool:
-    """Whether a kill after the reply finds the bitmaps as they are now."""
+async def _keep(services: Services, name: str) -> None:
+    """A kill after the reply finds the bitmaps as they are now, unless the archive told why not."""
     node = services.graph.find(name)
-    return node is None or await services.graph.archive.keep(node)
+    if node is not None:
+        await services.graph.archive.keep(node)
 
 
 def cannot_keep(arguments: BlockDirtyBitmapAdd) -> BlockdError:
@@ -79,6 +85,8 @@ async def expect(services: Services, arguments: BlockDirtyBitmapAdd) -> tuple[Co
 
     Else whether the archive can keep it.
     """
+    if not arguments.persistent:
+        return None, True
     try:
         node = _node_to_add_to(services, arguments)
         granularity_bytes = _check_new(services, node, arguments)

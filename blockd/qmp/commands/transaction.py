@@ -61,7 +61,7 @@ class _AddBitmap(_ChangeBitmap):
 
     async def stage(self) -> None:
         await super().stage()
-        if self._arguments.persistent and not self._services.rehearsing:
+        if not self._services.rehearsing:
             self._coming, self._can_keep = await bitmap.expect(self._services, self._arguments)
 
     def take_effect(self) -> Change:
