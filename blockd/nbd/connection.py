@@ -44,6 +44,8 @@ class _Stop(Enum):
     """Why a burst ended."""
 
     NEED_DATA = auto()
+    #: The rest of a large plain write's.
+    NEED_PAYLOAD = auto()
     #: For replies; or it has been enough for one turn.
     NEED_ROOM = auto()
     END_OF_TURN = auto()
@@ -51,7 +53,7 @@ class _Stop(Enum):
 
 
 # Looked up once, for the hot loop: to find an enum's member takes a tenth of a request's time.
-_NEED_DATA, _NEED_ROOM, _END_OF_TURN, _SLOW_REQUEST = _Stop
+_NEED_DATA, _NEED_PAYLOAD, _NEED_ROOM, _END_OF_TURN, _SLOW_REQUEST = _Stop
 _BURST = range(limits.NBD_BURST_REQUESTS)
 
 _BAD_FILTER: Final = "CMD_BLOCK_STATUS payload not valid"
@@ -133,6 +135,8 @@ class Connection:
                     await self._channel.end_turn()
                 elif stop is _NEED_ROOM:
                     await self._channel.end_turn_if_over()
+                elif stop is _NEED_PAYLOAD:
+                    start, end = await self._take_payload(start, end)
                 elif stop is _SLOW_REQUEST:
                     request = parse_request(self._in_view, start, extended=self._extended)
                     assert request is not None
@@ -189,7 +193,7 @@ class Connection:
                     break
                 if kind == CMD_WRITE and flags == plain:
                     if data + length > end:
-                        stop = _NEED_DATA if length <= limits.NBD_GATHER_BYTES else _SLOW_REQUEST
+                        stop = _NEED_DATA if length <= limits.NBD_GATHER_BYTES else _NEED_PAYLOAD
                         break
                     write_nowait(offset, view[data : data + length])
                     start = data + length
@@ -274,6 +278,18 @@ class Connection:
         start, end = await self._skip(payload, start, end)
         await self._running.send_error(request, refusal.errno, refusal.message)
         return start, end
+
+    async def _take_payload(self, start: int, end: int) -> tuple[int, int]:
+        """Receive the payload of the plain write at ``start``, which was found to be in order.
+
+        With all of it there, the next burst runs it; what is larger than that is written here.
+        """
+        length = self._form.unpack_from(self._in_view, start)[-1]
+        if length <= limits.NBD_STREAM_BYTES:
+            return await self._fill(self._header_bytes + length, start, end)
+        request = parse_request(self._in_view, start, extended=self._extended)
+        assert request is not None
+        return await self._stream_write(request, start + self._header_bytes, end)
 
     async def _stream_write(self, request: Request, start: int, end: int) -> tuple[int, int]:
         """Write a large payload piece by piece, each while it is warm in the cache.

@@ -176,7 +176,7 @@ class Running:
 
     async def send_done(self, request: Request) -> None:
         """Say that it has succeeded, and has no data to return."""
-        await self._channel.send(self._done(request))
+        await self._channel.send_burst(self._done(request))
 
     async def send_failure(self, request: Request, error: OSError) -> None:
         """Say that it has failed."""
