@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 from tests.helpers.kept_disk import GRANULE_BYTES, MIB, KeptDisk
 from tests.helpers.nbd_client import NbdClient
 from tests.helpers.qmp_client import QmpError
-from tests.helpers.tools import lacking
+from tests.helpers.tools import lacking, require_tool
 
 
 @pytest.fixture
@@ -37,6 +38,43 @@ def small(tmp_path: Path) -> Iterator[KeptDisk]:
         disk.end()
     finally:
         subprocess.run(["umount", "-l", str(state)], check=True)
+
+
+@pytest.fixture
+def breaking(tmp_path: Path) -> Iterator[tuple[KeptDisk, Path]]:
+    """A disk whose state directory is on a file system that is read-only once one writes there."""
+    state, device = tmp_path / "breaking", tmp_path / "device"
+    state.mkdir()
+    with device.open("wb") as file:
+        file.truncate(16 * MIB)
+    subprocess.run([require_tool("mke2fs"), "-q", "-t", "ext4", str(device)], check=True)
+    mount = ["mount", "-t", "ext4", "-o", "loop,errors=remount-ro", str(device), str(state)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        lacking("nothing may be mounted here")
+    try:
+        number = state.stat().st_dev
+        loop = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve().name
+        disk = KeptDisk(tmp_path, state=state / "state")
+        yield disk, Path("/sys/fs/ext4") / loop / "trigger_fs_error"
+        disk.end()
+    finally:
+        subprocess.run(["umount", "-l", str(state)], check=True)
+
+
+def test_guests_write_on_when_it_has_become_read_only(breaking: tuple[KeptDisk, Path]) -> None:
+    disk, breaks = breaking
+    disk.start()
+    disk.add_bitmap()
+    disk.write([1])
+    breaks.write_text("blockd's tests")
+    granules = write_everywhere(disk)
+    event = disk.hear("BLOCK_DIRTY_BITMAPS_UNSAFE")
+    assert event["node-name"] == "disk"
+    disk.check_dirty([1, *granules])
+    assert "If the daemon is killed now, do a full backup" in disk.daemon.log()
+    disk.back_up("full")
+    assert disk.same_as_target()
+    disk.quit()
 
 
 def fill(directory: Path) -> Path:

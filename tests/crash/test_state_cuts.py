@@ -2,15 +2,17 @@
 
 One story of a guest and an administrator runs on a simulated disk. Before each call what would be
 left is set aside, with what must be dirty then; each time another daemon opens that. SQLite's own
-files are taken as they are between its transactions, which are atomic and durable by its own care
-(``test_state_kills`` has the real thing).
+files are taken as they are between its transactions, and with its log cut off inside each of them;
+these are atomic and durable by its own care (``test_state_kills`` has the real thing).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -21,6 +23,8 @@ from tests.helpers.state_rig import GRANULE, REGION, daemon, make_image
 from tests.helpers.state_story import PASSIVE, Story, World, copy_database, pretend, reopen
 
 POWER_CUTS = 2
+#: All that changes what is left. Each checkpoint ends with a flip, which is a commit.
+CALLS = {"create", "fallocate", "write", "sync", "sync_names", "truncate", "unlink", "commit"}
 
 
 @dataclass
@@ -35,6 +39,18 @@ class Cut:
     written: set[int]
     about: int | None
     changed: int
+
+    def within(self, after: Cut, random: Random) -> Cut | None:
+        """In the middle of the transaction between this and ``after``, if that is in the log."""
+        logs = [each.files / "state.db-wal" for each in (self, after)]
+        start, end = (log.stat().st_size if log.exists() else 0 for log in logs)
+        data = self.files / "state.db"
+        if start >= end or data.read_bytes() != (after.files / "state.db").read_bytes():
+            return None
+        files = self.files.with_name(f"{self.files.name}-torn")
+        copy_database(after.files, files)
+        os.truncate(files / "state.db-wal", random.randrange(start, end))
+        return replace(self, call="inside a commit", files=files, exact=False)
 
 
 @dataclass
@@ -81,8 +97,13 @@ async def cuts(world: World, memory_path: Path) -> list[Cut]:
     async with daemon(path, image, disk=disk, before_commit=before_commit, clock=clock) as one:
         await Story(world, one).run()
     recorder.cut("the end")
-    assert len(recorder.cuts) > 100
-    return recorder.cuts
+    assert {cut.call for cut in recorder.cuts} == CALLS | {"the end"}
+    random = Random(1)
+    pairs = pairwise(recorder.cuts)
+    torn = [cut.within(after, random) for cut, after in pairs if cut.call == "commit"]
+    inside = [cut for cut in torn if cut is not None]
+    assert len(inside) > 20
+    return recorder.cuts + inside
 
 
 async def recovered(cut: Cut, world: World, *, power: Random | None) -> dict[str, set[int]]:

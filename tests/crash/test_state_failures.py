@@ -21,6 +21,9 @@ from tests.helpers.state_story import Story, World, pretend, reopen
 #: Calls that take space, and fail where there is none.
 TAKE_SPACE = frozenset({"create", "fallocate", "commit"})
 
+#: Calls that fail where nothing may be changed any more, as after an error of the file system.
+CHANGE = TAKE_SPACE | {"write", "truncate", "unlink"}
+
 
 @dataclass
 class Failure:
@@ -85,8 +88,9 @@ async def sweep(
     times: int,
     error: int,
     of: frozenset[str] | None,
+    step: int = 1,
 ) -> None:
-    """The failure at every call that there is."""
+    """The failure at every call that there is; or at one of so many."""
     first, told = 1, 0
     while True:
         world = World()
@@ -96,7 +100,7 @@ async def sweep(
         if failure.calls < first:
             break
         told += bool(left.heard.failed)
-        first += 1
+        first += step
     assert told
     assert first > (20 if of else 100)
 
@@ -117,3 +121,10 @@ async def test_promise_5_a_disk_that_is_full_from_any_call_on(
     memory_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await sweep(memory_path, monkeypatch, times=1 << 30, error=errno.ENOSPC, of=TAKE_SPACE)
+
+
+async def test_promise_5_a_disk_that_is_read_only_from_any_call_on(
+    memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until somebody mounts it anew for the daemon, which lives."""
+    await sweep(memory_path, monkeypatch, times=1 << 30, error=errno.EROFS, of=CHANGE, step=3)
