@@ -26,19 +26,20 @@ class Watch:
         self._synced = -float("inf")
 
     async def look(self, images: Collection[KeptImage]) -> None:
-        """Look once, unless the last look still lasts: then what is noted errs to "dirty".
+        """Look once, and now and then make what is noted durable.
 
-        And now and then make the notes durable.
+        Nothing is done where the last look still lasts. Then some changes of others after a kill
+        would be taken for ours: those with times since that look began.
         """
         if self._one.locked():
             return
         async with self._one:
-            held = _held(images)
-            # The descriptors are closed there.
-            with trio.CancelScope(shield=True):
-                seen = await trio.to_thread.run_sync(self._look, held)
-            for row, sighting in seen:
-                self._heartbeat.saw(row, sighting)
+            if held := _held(images):
+                # The descriptors are closed there.
+                with trio.CancelScope(shield=True):
+                    seen = await trio.to_thread.run_sync(self._look, held)
+                for row, sighting in seen:
+                    self._heartbeat.saw(row, sighting)
             if trio.current_time() >= self._synced + limits.STATE_HEARTBEAT_SYNC_SECONDS:
                 self._synced = trio.current_time()
                 with suppress(OSError):

@@ -114,7 +114,8 @@ class BlockImageCorrupted(Event, kw_only=True):
 
 
 class BlockDirtyBitmapRecovered(Event, kw_only=True):
-    """A bitmap that was kept came back other than it was, because of ``reason``.
+    """A bitmap that was kept came back other than it was, because of ``reason``; or it was found
+    out, by an audit or when a node is writable again, that others have changed the image.
 
     Everything is dirty in it, or it is ``inconsistent`` and can only be removed.
     """
