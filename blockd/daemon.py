@@ -139,10 +139,11 @@ async def _stop_at_signal(signals: AsyncIterator[int], stop: trio.Event) -> None
 async def _close_nodes(graph: Graph) -> None:
     """Flush and close all nodes; what can't be flushed is said, and keeps nobody waiting."""
     try:
-        with trio.fail_after(limits.SHUTDOWN_SECONDS):
+        with trio.fail_after(limits.SHUTDOWN_FLUSH_SECONDS):
             await graph.close()
     except* OSError as errors:
         for error in errors.exceptions:
             _log.error("a disk could not be flushed: %s", error)
     except* trio.TooSlowError:
-        _log.error("not all disks could be flushed within %d seconds", limits.SHUTDOWN_SECONDS)
+        seconds = limits.SHUTDOWN_FLUSH_SECONDS
+        _log.error("not all disks could be flushed within %d seconds", seconds)

@@ -338,7 +338,9 @@ AUDIT_ERROR_CHARACTERS = 400
 # --- the end ---------------------------------------------------------------------------------
 
 #: How long the daemon's end waits for each of: the command under way, NBD clients, jobs, QMP
-#: clients, disks; more than one of them takes long only where a disk hangs.
+#: clients, the state directory; more than one of them takes long only where a disk hangs.
 SHUTDOWN_SECONDS = 15
-#: After that the process ends by force. systemd's own patience is 90 seconds.
-LAST_RESORT_SECONDS = 80
+#: How long it waits for all disks together, of which a slow one may have gibibytes to flush.
+SHUTDOWN_FLUSH_SECONDS = 300
+#: After that the process ends by force; the service has ten minutes.
+LAST_RESORT_SECONDS = 400
