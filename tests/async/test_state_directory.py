@@ -267,6 +267,6 @@ async def test_a_directory_that_can_not_be_used_is_let_go_of(
     with closing(sqlite3.connect(path / "state.db")) as database:
         database.execute("PRAGMA user_version = 99")
     before = open_files()
-    with pytest.raises(BlockdError, match="made by a newer blockd"):
+    with pytest.raises(BlockdError, match="was made by another version of blockd"):
         await StateDirectory.open(str(path), nursery, Heard())
     assert open_files() == before
