@@ -14,7 +14,6 @@ from blockd.block import Node
 from blockd.errors import BlockdError
 from blockd.state import changes, marks
 from blockd.state.commits import Pending
-from blockd.state.disk import Disk
 from blockd.state.environment import Environment
 from blockd.state.epoch import Epoch
 from blockd.state.places import Place, find_place, identify
@@ -140,15 +139,5 @@ def _identify_and_close(fd: int) -> Identity:
 async def forget(environment: Environment, image: ImageRecord) -> None:
     """Forget an image that no node has. Raises ``OSError``."""
     # First its marks: those without a record are taken for those of a lost one.
-    await trio.to_thread.run_sync(delete_before, environment.disk, image.row, 1 << 63)
+    await trio.to_thread.run_sync(marks.delete, environment.disk, image.row)
     await environment.commits.commit(Pending(changes.forget_image(image.row)))
-
-
-def delete_before(disk: Disk, image: int, epoch: int) -> None:
-    """Delete the marks files of epochs before this one; what can't be does no harm."""
-    with suppress(OSError):
-        for name in disk.names():
-            parsed = marks.parse_name(name)
-            if parsed is not None and parsed[0] == image and parsed[1] < epoch:
-                disk.unlink(name)
-        disk.sync_names()

@@ -6,6 +6,7 @@ import errno
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from weakref import WeakKeyDictionary
 
 import msgspec
 import trio
@@ -14,14 +15,14 @@ from pyroaring import BitMap64
 from blockd import limits
 from blockd.bitmap import DirtyBitmap, Inconsistent, Reason
 from blockd.block import Node
-from blockd.state import changes
+from blockd.state import changes, marks
 from blockd.state.arming import Arming
 from blockd.state.checkpoint import Storing, begin_storing, store_pieces, windows_of
 from blockd.state.coming import ComingBitmaps
 from blockd.state.commits import Pending
 from blockd.state.environment import Environment
 from blockd.state.epoch import Epoch
-from blockd.state.epochs import delete_before, end_epoch, look_at, make_epoch
+from blockd.state.epochs import end_epoch, look_at, make_epoch
 from blockd.state.journal import ImageJournal
 from blockd.state.kept import Kept, KeptBitmaps
 from blockd.state.losses import Losses
@@ -68,7 +69,7 @@ class StoredImage:
         self.losses = Losses(environment, node, record.row)
         #: A checkpoint makes those durable that were added here.
         self.coming = ComingBitmaps(environment.rows)
-        self._title_rows: dict[DirtyBitmap, int] = {}
+        self._title_rows: WeakKeyDictionary[DirtyBitmap, int] = WeakKeyDictionary()
         #: Rows of pieces that nothing refers to any more.
         self._garbage: list[int] = []
         self._due = trio.current_time() + limits.STATE_CHECKPOINT_SECONDS
@@ -330,7 +331,7 @@ class StoredImage:
                 del self._garbage[: len(rows)]
         if epoch is not None:
             await trio.to_thread.run_sync(
-                delete_before, self._environment.disk, self.record.row, epoch
+                marks.delete, self._environment.disk, self.record.row, epoch
             )
 
     def _pace(self, started: float) -> None:

@@ -13,7 +13,6 @@ import trio
 from blockd.state import changes, marks
 from blockd.state.changes import Apply
 from blockd.state.commits import Pending
-from blockd.state.disk import Disk
 from blockd.state.epochs import end_epoch, hold_place, look_at
 from blockd.state.image import StoredImage
 from blockd.state.places import sync_and_identify
@@ -118,17 +117,23 @@ class KeptImage(StoredImage):
         except OSError as error:
             await self._poison(error)
             return
-        names = marks.marks_name(self.record.row, self.record.epoch)
-        drop = marks.drop_marks if self._kept else Disk.unlink
+        await trio.to_thread.run_sync(self._drop_marks)
+
+    def _drop_marks(self) -> None:
+        """Nothing needs them any more; what can't be dropped does no harm."""
+        disk, row = self._environment.disk, self.record.row
+        if not self._kept:
+            marks.delete(disk, row)
+            return
         with suppress(OSError):
-            await trio.to_thread.run_sync(drop, self._environment.disk, names)
+            marks.drop(disk, marks.marks_name(row, self.record.epoch))
 
     def _closing_change(self, identity: Identity) -> Apply:
-        if not self._kept:
-            return changes.forget_image(self.record.row)
         settled_ns = identity.inode_changed_ns
         self.record = msgspec.structs.replace(
             self.record, open=False, identity=identity, settled_ns=settled_ns
         )
+        if not self._kept:
+            return changes.forget_image(self.record.row)
         disarm = changes.disarm(self.record.row, self.record.epoch + 1)
         return changes.all_of(changes.put_image(self.record), disarm)

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import inf
 
 import msgspec
 
@@ -123,7 +124,17 @@ def poison(disk: Disk, name: str) -> None:
         disk.sync_names()
 
 
-def drop_marks(disk: Disk, name: str) -> None:
+def delete(disk: Disk, image_row: int, before: float = inf) -> None:
+    """Delete the image's files of epochs before this one; what can't be deleted does no harm."""
+    with suppress(OSError):
+        for name in disk.names():
+            parsed = parse_name(name)
+            if parsed is not None and parsed[0] == image_row and parsed[1] < before:
+                disk.unlink(name)
+        disk.sync_names()
+
+
+def drop(disk: Disk, name: str) -> None:
     """Keep only the header, of an image that is closed cleanly. Raises ``OSError``."""
     with suppress(DamagedError), _opened(disk, name) as fd:
         disk.truncate(fd, _read_header(disk, fd).touched_at)
@@ -136,6 +147,11 @@ class Marks:
     header: MarksHeader
     poisoned: bool
     marks: bytes | None
+
+    @property
+    def any(self) -> bool:
+        """Whether any mark is known."""
+        return bool(self.marks and self.marks.strip(b"\0"))
 
 
 def read(disk: Disk, name: str) -> Marks:

@@ -189,7 +189,7 @@ def _judge_state(stored: Stored, boot_id: str) -> Reason | None:
             return Reason.STATE_DAMAGED
     for epoch, marks in stored.marks.items():
         # Nothing is marked before the record says that the epoch has begun.
-        if epoch > image.epoch and marks is not None and (marks.poisoned or any(marks.marks or ())):
+        if epoch > image.epoch and marks is not None and (marks.poisoned or marks.any):
             return Reason.STATE_DAMAGED
     return None
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from weakref import ref
 
 import pytest
 from trio.testing import MockClock
@@ -94,3 +97,48 @@ async def test_the_others_are_exact_where_it_could_not_be_stored_at_all(tmp_path
             assert {bitmap.name for bitmap in found.bitmaps.list()} == {"goes", "stays"}
             assert dirty(found, "stays") == dirty(found, "goes") == {1}
             assert two.heard.recovered == []
+
+
+async def test_an_image_that_is_forgotten_leaves_no_marks_behind(tmp_path: Path) -> None:
+    """They would take up room for ever, and be taken for those of an image to come."""
+    path, image = tmp_path / "state", make_image(tmp_path / "disk.img")
+    async with daemon(path, image) as one:
+        node = await one.node()
+        await one.add(node)
+        node.bitmaps.remove("b")
+        assert await one.state.keep(node)
+        await node.write(GRANULE, DATA)
+        await one.close(node)
+        assert os.listdir(path / "marks") == ["heartbeat"]
+
+
+async def test_marks_that_a_kill_left_behind_go_at_the_next_start(tmp_path: Path) -> None:
+    path, image = tmp_path / "state", make_image(tmp_path / "disk.img")
+    async with daemon(path, image) as one:
+        node = await one.node()
+        await one.add(node)
+        node.bitmaps.remove("b")
+        assert await one.state.keep(node)
+        await node.write(GRANULE, DATA)
+        marks = shutil.copytree(path / "marks", tmp_path / "marks")
+        await one.close(node)
+    # The image was forgotten, but its marks not deleted yet.
+    shutil.copytree(marks, path / "marks", dirs_exist_ok=True)
+    async with daemon(path, image) as two:
+        assert os.listdir(path / "marks") == ["heartbeat"]
+        await two.add(await two.node())
+        killed = two.after_kill()
+    async with daemon(killed, image) as three:
+        assert dirty(await three.node()) == set()
+        assert three.heard.recovered == []
+
+
+async def test_one_that_is_gone_takes_no_memory(tmp_path: Path) -> None:
+    async with daemon(tmp_path / "state", make_image(tmp_path / "disk.img")) as one:
+        node = await one.node()
+        await one.add(node, "stays")
+        gone = ref(await one.add(node, "goes"))
+        node.bitmaps.remove("goes")
+        assert await one.state.keep(node)
+        gc.collect()
+        assert gone() is None
