@@ -13,6 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from blockd import limits
 from blockd.extent import Extent
+from blockd.nbd.channel import Channel
 from blockd.nbd.wire import Cmd
 from tests.helpers.nbd_codec import Call, request_bytes
 from tests.helpers.nbd_server import RawClient, Rig, serving
@@ -72,6 +73,28 @@ async def test_a_write_that_comes_in_parts_is_one_to_the_disk(
     assert {await client.reply(), await client.reply()} == {(1, 0), (2, 0)}
     assert disk.writes == [Extent(4096, len(data)), Extent(0, 1)]
     assert disk.data[4096 : 4096 + len(data)] == data
+
+
+@pytest.mark.parametrize("length", [100 * KIB, PIECE + 4 * KIB])
+async def test_what_is_there_behind_a_payload_is_received_with_it(
+    rig: Rig, disk: Disk, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """So that the client can send more of it while the payload is written."""
+    client = await rig.raw()
+    received = []
+
+    async def noting(channel: Channel, view: memoryview) -> int:
+        received.append(await receive(channel, view))
+        return received[-1]
+
+    receive = Channel.receive_some_into
+    monkeypatch.setattr(Channel, "receive_some_into", noting)
+    request = request_bytes(Call(Cmd.WRITE, 0, data=b"x" * length), 1)
+    behind = request_bytes(Call(Cmd.WRITE, length, data=b"y" * 60 * KIB), 2)
+    await send_in_parts(client, request + behind, len(request) - 20 * KIB)
+    assert {await client.reply(), await client.reply()} == {(1, 0), (2, 0)}
+    assert received[-1] == 20 * KIB + len(behind)
+    assert disk.data[: length + 60 * KIB] == b"x" * length + b"y" * 60 * KIB
 
 
 @pytest.mark.parametrize("offset", [0, 512, PIECE - 512])
