@@ -191,8 +191,14 @@ class Database:
 def _as_os_errors() -> Iterator[None]:
     try:
         yield
+    except UnicodeDecodeError as error:
+        # The name of a damaged table, in the text of the error.
+        raise OSError(errno.EUCLEAN, "the database is damaged") from error
     except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        # Only a value that is no text is an error of running, but not one of SQLite's.
+        no_text = isinstance(error, sqlite3.OperationalError)
+        unknown = sqlite3.SQLITE_CORRUPT if no_text else 0
+        code = getattr(error, "sqlite_errorcode", unknown) & 0xFF
         raise OSError(_ERRNOS.get(code, errno.EIO), str(error)) from error
 
 

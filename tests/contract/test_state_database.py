@@ -1,8 +1,10 @@
-"""The space that a state directory's database takes."""
+"""A state directory's database: the space that it takes, and damage that SQLite words badly."""
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import pytest
 from blockd import limits
 from blockd.state import changes
 from blockd.state.commits import Pending
-from blockd.state.database import Database
+from blockd.state.database import Database, open_database
+from blockd.state.records import JobRecord
 
 PIECE = bytes(128 * 1024)
 
@@ -50,3 +53,22 @@ def test_deleting_writes_little(database: Database, path: Path) -> None:
     again.commit([Pending(changes.delete_pieces(rows))])
     assert log_bytes(path) < len(rows) * len(PIECE) / 32
     again.close()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE sqlite_master SET name = CAST(x'dd20' AS TEXT), sql = 'x' WHERE name = 'job'",
+        "UPDATE job SET id = CAST(x'dd20' AS TEXT)",
+    ],
+    ids=["a table's name", "a value"],
+)
+def test_text_that_is_no_text_is_damage(database: Database, path: Path, damage: str) -> None:
+    database.commit([Pending(changes.put_job("job", JobRecord({})))])
+    database.close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA writable_schema = ON")
+        connection.execute(damage)
+    again, damaged = open_database(str(path))
+    again.close()
+    assert damaged
