@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -245,24 +246,30 @@ class StoredImage:
         return [bitmap for bitmap in bitmaps if self._kept.changed(bitmap)]
 
     async def _store(self) -> bool:
-        """One checkpoint; true where a bitmap changed meanwhile, so that one more is needed."""
+        """One checkpoint; true where a bitmap changed meanwhile, so that one more is needed.
+
+        Nothing counts of one that is too late: bitmaps count as they were at one instant, for
+        one may have taken over what another had.
+        """
         epoch = await self._make_epoch()
-        ended = self._begin(epoch)
+        ended, there = self._begin(epoch), self._persistent()
         storings = [self._begin_storing(bitmap, epoch) for bitmap in self._to_store()]
-        whole, size_bytes = len(storings) == len(self._persistent()), self.node.size_bytes
+        whole, size_bytes = len(storings) == len(there), self.node.size_bytes
         armed = ArmedRow(epoch.number, epoch.region_shift, self.journal.armed.serialize())
+        added = [storing.added for storing in storings]
         try:
             await end_epoch(ended)
             for storing in storings:
                 await store_pieces(storing, self._commits, self._environment.rows)
-            stale = any(storing.stale for storing in storings)
-            whole = whole and not stale
-            if whole or self._sound:
-                await self._flip(storings, armed, size_bytes if whole else None)
+            if stale := any(storing.stale for storing in storings):
+                self._want_whole = self._want_whole or whole
+                self._garbage += chain(*added)
+            else:
+                await self._flip(there, storings, armed, size_bytes if whole else None)
         except BaseException:
-            self._garbage += [row for storing in storings for row in storing.added]
+            self._garbage += chain(*added)
             raise
-        await self._collect(epoch.number if whole else None)
+        await self._collect(epoch.number if whole and not stale else None)
         return stale
 
     def _begin_storing(self, bitmap: DirtyBitmap, epoch: Epoch) -> Storing:
@@ -275,20 +282,22 @@ class StoredImage:
         return begin_storing(bitmap, self._title(bitmap), epoch.number, old, windows)
 
     async def _flip(
-        self, storings: Sequence[Storing], armed: ArmedRow, size_bytes: int | None
+        self,
+        there: Collection[DirtyBitmap],
+        storings: Sequence[Storing],
+        armed: ArmedRow,
+        size_bytes: int | None,
     ) -> None:
         """Make the new pieces those that count; ``size_bytes``: of the image, if all are new.
 
-        ``armed``: what was at the instant, and so may be written to from then on.
+        ``there``: the bitmaps at the instant. ``armed``: what was, and so may be written to since.
         """
-        there = set(self._persistent())
         kept = KeptBitmaps((each, old) for each, old in self._kept.items() if each in there)
         new = []
         for storing in storings:
-            if not storing.stale:
-                pieces = tuple(storing.pieces[window] for window in sorted(storing.pieces))
-                new.append(msgspec.structs.replace(storing.record, pieces=pieces))
-                kept[storing.bitmap] = Kept(new[-1], storing.version, storing.gains)
+            pieces = tuple(storing.pieces[window] for window in sorted(storing.pieces))
+            new.append(msgspec.structs.replace(storing.record, pieces=pieces))
+            kept[storing.bitmap] = Kept(new[-1], storing.version, storing.gains)
         gone = [old.record for bitmap, old in self._kept.items() if bitmap not in kept]
         image = msgspec.structs.replace(
             self.record if self._sound else self._opened,
@@ -312,7 +321,7 @@ class StoredImage:
     ) -> None:
         """The commit is durable: go by it."""
         for storing in storings:
-            self._garbage += storing.added if storing.stale else storing.obsolete
+            self._garbage += storing.obsolete
         used = kept.piece_rows()
         self._garbage += self._kept.piece_rows()
         self._garbage = [row for row in dict.fromkeys(self._garbage) if row not in used]
