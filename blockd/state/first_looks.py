@@ -82,9 +82,10 @@ class FirstLooks:
         """
         taken, self._taken = self._taken, set()
         for row in taken.difference(attached):
-            image = self._images.get(row)
-            if image is not None and not await self._commit(changes.put_image(image)):
-                await self._poison(image)
+            if (image := self._images.get(row)) is not None:
+                self._images[row] = image = _as_it_was(image)
+                if not await self._commit(changes.put_image(image)):
+                    await self._poison(image)
 
     async def _poison(self, image: ImageRecord) -> None:
         name = marks.marks_name(image.row, image.epoch)
@@ -97,3 +98,12 @@ class FirstLooks:
                 image.key,
                 error,
             )
+
+
+def _as_it_was(image: ImageRecord) -> ImageRecord:
+    """The record of an image that has been left since it was looked at: any change is another's.
+
+    No time is allowed for our own ones, as after a kill: whoever has the file open may be at once.
+    """
+    times_ns = image.identity.changed_ns, image.identity.inode_changed_ns
+    return msgspec.structs.replace(image, left_ns=max(times_ns))

@@ -71,7 +71,9 @@ async def test_what_is_looked_at_and_not_attached_is_watched_as_before(
         await second.state.look_at(file)
         await second.state.opening_ended()
         await file.write(2 * GRANULE, DATA)
-        path = await killed_after_a_change(second, file)
+        path = second.after_kill()
+        await file.driver.close()
+        assert len(dirty(await second.node())) == SIZE // GRANULE
     async with daemon(path, image) as third:
         assert len(dirty(await third.node())) == SIZE // GRANULE
         assert third.heard.recovered == [("b", "image-changed")]
