@@ -19,15 +19,15 @@ class Epoch:
         header = file.header
         self._disk = disk
         self._fd = file.fd
-        self._units_at, self._touched_at = file.units_at, file.touched_at
+        self._units_at, self._untouched_at = file.units_at, file.untouched_at
         self.number = header.epoch
         self.shift = header.shift
         self.region_shift = region_shift(header.image.size_bytes)
         self.size_bytes = header.image.size_bytes
         #: The same bits as in the file. Anonymous memory, which takes space where it is used.
         self.mirror = mmap.mmap(-1, max(file.units * UNIT_MARKS_BYTES, 1))
-        #: The units with any mark, as the file has them.
-        self._touched = bytearray(-(-file.units // 8))
+        #: The units without any mark, as the file has them.
+        self._untouched = bytearray(file.untouched)
         #: The regions with any mark.
         self.regions = BitMap64()
 
@@ -81,14 +81,14 @@ class Epoch:
             sealed = b"".join(seal_unit(data[at : at + UNIT_MARKS_BYTES]) for at in starts)
         self._disk.write(self._fd, sealed, self._units_at + first * UNIT_BYTES)
         for unit in range(first, first + len(sealed) // UNIT_BYTES):
-            if not self._touched[unit >> 3] & 1 << (unit & 7):
+            if self._untouched[unit >> 3] & 1 << (unit & 7):
                 self._touch(unit)
 
     def _touch(self, unit: int) -> None:
         at = unit >> 3
-        byte = self._touched[at] | 1 << (unit & 7)
-        self._disk.write(self._fd, bytes((byte,)), self._touched_at + at)
-        self._touched[at] = byte
+        byte = self._untouched[at] & ~(1 << (unit & 7))
+        self._disk.write(self._fd, bytes((byte,)), self._untouched_at + at)
+        self._untouched[at] = byte
 
     def _place(self, offset: int, length: int) -> tuple[int, int, int]:
         """The first byte of the range's marks, which bits from there on, and in how many bytes."""

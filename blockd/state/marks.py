@@ -4,7 +4,8 @@
         padded to whole blocks of 4 KiB: written once, and durable before the epoch begins
     one block of zeroes; anything else in it says that not all writes of the epoch are marked,
         nor their regions armed: "poison"
-    one bit for each unit with any mark, the lowest first, padded to whole blocks
+    one bit for each unit without any mark, the lowest first, padded to whole blocks; no zeroes at
+        first, so that a file of which only zeroes are left does not look as if nothing were marked
     units of 512 bytes, none of which lies in two pages: one bit for each granule, the lowest
         first, and a CRC-32 of these bits (4 bytes, little-endian); all zeroes: no marks yet
 
@@ -18,7 +19,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import msgspec
@@ -68,16 +69,20 @@ class MarksFile:
 
     header: MarksHeader
     fd: int
-    touched_at: int
+    untouched_at: int
 
     @property
     def units(self) -> int:
         return -(-self.header.mark_bytes // UNIT_MARKS_BYTES)
 
     @property
+    def untouched(self) -> bytes:
+        """What says of all units that they have no marks."""
+        return b"\xff" * -(-self.units // 8)
+
+    @property
     def units_at(self) -> int:
-        touched_bytes = -(-self.units // 8)
-        return self.touched_at + -(-touched_bytes // BLOCK_BYTES) * BLOCK_BYTES
+        return self.untouched_at + -(-len(self.untouched) // BLOCK_BYTES) * BLOCK_BYTES
 
     @property
     def size_bytes(self) -> int:
@@ -89,17 +94,18 @@ def create(disk: Disk, header: MarksHeader) -> MarksFile:
     sealed = seal(header)
     head = _MAGIC + _LENGTH.pack(len(sealed)) + sealed
     poison_at = -(-len(head) // BLOCK_BYTES) * BLOCK_BYTES
-    size_bytes = MarksFile(header, -1, poison_at + BLOCK_BYTES).size_bytes
-    fd = disk.create(header.name, size_bytes)
+    file = MarksFile(header, -1, poison_at + BLOCK_BYTES)
+    fd = disk.create(header.name, file.size_bytes)
     try:
         disk.write(fd, head, 0)
+        disk.write(fd, file.untouched, file.untouched_at)
         disk.sync(fd)
         disk.sync_names()
     except BaseException:
         with suppress(OSError):
             disk.close(fd)
         raise
-    return MarksFile(header, fd, poison_at + BLOCK_BYTES)
+    return replace(file, fd=fd)
 
 
 def seal_unit(marks: bytes) -> bytes:
@@ -115,7 +121,7 @@ def poison(disk: Disk, name: str) -> None:
     try:
         with _opened(disk, name) as fd:
             file = _read_header(disk, fd)
-            disk.write(fd, _POISON, file.touched_at - BLOCK_BYTES)
+            disk.write(fd, _POISON, file.untouched_at - BLOCK_BYTES)
             disk.sync(fd)
     except FileNotFoundError:
         disk.sync_names()
@@ -137,7 +143,7 @@ def delete(disk: Disk, image_row: int, before: float = inf) -> None:
 def drop(disk: Disk, name: str) -> None:
     """Keep only the header, of an image that is closed cleanly. Raises ``OSError``."""
     with suppress(DamagedError), _opened(disk, name) as fd:
-        disk.truncate(fd, _read_header(disk, fd).touched_at)
+        disk.truncate(fd, _read_header(disk, fd).untouched_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +168,14 @@ def read(disk: Disk, name: str) -> Marks:
         file = _read_header(disk, fd)
         if file.header.name != name:
             raise DamagedError(f"the marks file '{name}' is another's")
-        block = disk.read(fd, BLOCK_BYTES, file.touched_at - BLOCK_BYTES)
+        block = disk.read(fd, BLOCK_BYTES, file.untouched_at - BLOCK_BYTES)
         if len(block) < BLOCK_BYTES:
             raise DamagedError(f"the marks file '{name}' is cut short")
         return Marks(file.header, block != bytes(BLOCK_BYTES), _read_marks(disk, file))
 
 
 def _read_marks(disk: Disk, file: MarksFile) -> bytes | None:
-    touched = disk.read(file.fd, file.units_at - file.touched_at, file.touched_at)
+    untouched = disk.read(file.fd, file.units_at - file.untouched_at, file.untouched_at)
     units = disk.read(file.fd, file.units * UNIT_BYTES, file.units_at)
     if len(units) < file.units * UNIT_BYTES:
         return None
@@ -179,7 +185,7 @@ def _read_marks(disk: Disk, file: MarksFile) -> bytes | None:
         marks = unit[:UNIT_MARKS_BYTES]
         pieces.append(marks)
         if unit == nothing:
-            if touched[number >> 3] >> (number & 7) & 1:
+            if not untouched[number >> 3] >> (number & 7) & 1:
                 return None
         elif unit != seal_unit(marks):
             return None

@@ -11,6 +11,7 @@ from random import Random
 
 import pytest
 
+from blockd.state import marks
 from blockd.state.host import Boot
 from tests.helpers.state_rig import BOOT, DATA, GRANULE, REGION, Daemon, daemon, dirty, make_image
 from tests.helpers.state_story import World, pretend
@@ -94,9 +95,14 @@ async def check(path: Path, boot: Boot = BOOT) -> None:
 
 
 async def sweep(
-    base: Path, name: str, damage: Callable[[bytearray, Random], None], boot: Boot = BOOT
+    base: Path,
+    name: str,
+    damage: Callable[[bytearray, Random], None],
+    boot: Boot = BOOT,
+    *,
+    examples: int = EXAMPLES,
 ) -> None:
-    for seed in range(EXAMPLES):
+    for seed in range(examples):
         path = base.with_name("damaged")
         shutil.copytree(base, path)
         file = next(path.glob(name))
@@ -130,3 +136,14 @@ async def test_the_marks_of_an_open_image(
     killed: Path, damage: Callable[[bytearray, Random], None]
 ) -> None:
     await sweep(killed, "marks/1.*", damage)
+
+
+async def test_marks_that_are_all_zeroes(killed: Path) -> None:
+    """They do not look as if nothing had been written."""
+
+    def damage(data: bytearray, random: Random) -> None:
+        head_and_poison = 2 * marks.BLOCK_BYTES
+        assert any(data[head_and_poison:])
+        data[head_and_poison:] = bytes(len(data) - head_and_poison)
+
+    await sweep(killed, "marks/1.*", damage, examples=1)
