@@ -66,6 +66,12 @@ STATE_DELETE_PIECES = 16
 #: What the database's log is cut to when its content is in the database. It is moved there after
 #: each 4 MiB, but for transactions that are larger, and while the disk is full.
 STATE_LOG_BYTES = 8 * MIB
+#: How many pages of the database's file, of 4 KiB, are given back at once where bitmaps were
+#: removed (10 ms, for which guest writes that need a region armed wait), how often while there are
+#: more (a GiB in half an hour), and how often this is looked for.
+STATE_SHORTEN_PAGES = 128
+STATE_SHORTEN_SECONDS = 1
+STATE_SHORTEN_LOOK_SECONDS = 60
 #: Pieces that are read at once (8 MiB): guest writes that need a region armed wait 20 ms for that.
 STATE_READ_PIECES = 64
 #: How often what was written to is stored exactly, so that regions at rest are disarmed; and what

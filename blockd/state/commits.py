@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import trio
 
+from blockd import limits
 from blockd.state.database import Database
 
 _Result = TypeVar("_Result")
@@ -81,6 +83,16 @@ class Commits:
             for change in batch:
                 change.error = OSError(errno.EIO, repr(error))
             raise
+
+    async def keep_short(self) -> None:
+        """Give space that removed bitmaps had back to the host, little by little; never ends."""
+        more = False
+        while True:
+            seconds = limits.STATE_SHORTEN_SECONDS if more else limits.STATE_SHORTEN_LOOK_SECONDS
+            await trio.sleep(seconds)
+            more = False
+            with suppress(OSError):
+                more = await self.read(Database.shorten)
 
     async def read(self, call: Callable[[Database], _Result]) -> _Result:
         """Run ``call`` in a thread while nothing is committed. Raises what it raises."""

@@ -84,6 +84,10 @@ class Database:
         # The lock of the directory keeps others out. So nothing is shared, and no file is mapped:
         # an I/O error in a mapping would be the daemon's end.
         execute("PRAGMA locking_mode = EXCLUSIVE")
+        (tables,) = execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if not tables:
+            # Of no use later; and where the disk is full it would keep the daemon from starting.
+            execute("PRAGMA auto_vacuum = INCREMENTAL")
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = FULL")
         execute("PRAGMA cell_size_check = ON")
@@ -92,10 +96,7 @@ class Database:
         execute("PRAGMA secure_delete = OFF")
         execute(f"PRAGMA journal_size_limit = {limits.STATE_LOG_BYTES}")
         (version,) = execute("PRAGMA user_version").fetchone()
-        tables, application = (
-            execute("SELECT count(*) FROM sqlite_master").fetchone()[0],
-            execute("PRAGMA application_id").fetchone()[0],
-        )
+        (application,) = execute("PRAGMA application_id").fetchone()
         if (tables > 0) != (application == _APPLICATION_ID and version > 0):
             raise OSError(errno.EUCLEAN, f"'{path}' is not a database of blockd")
         if tables and version != SCHEMA_VERSION:
@@ -173,6 +174,24 @@ class Database:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+
+    def shorten(self) -> bool:
+        """Give back some of what is free in the file; false where there is nothing to give back.
+
+        As much as is in use may stay free: all bitmaps may have to be stored anew beside what is
+        stored of them.
+        """
+        with self._watched():
+            (free,) = self._connection.execute("PRAGMA freelist_count").fetchone()
+            (pages,) = self._connection.execute("PRAGMA page_count").fetchone()
+            spare = min(free - (pages - free), limits.STATE_SHORTEN_PAGES)
+            if spare > 0:
+                # ``execute`` would stop after the first page. The file gets shorter as it is
+                # brought up to the log.
+                self._connection.executescript(
+                    f"PRAGMA incremental_vacuum({spare}); PRAGMA wal_checkpoint"
+                )
+            return bool(spare > 0)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:

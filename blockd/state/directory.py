@@ -75,8 +75,8 @@ class StateDirectory:
         self._looks = FirstLooks(self._environment, self._images, boot, self._commit)
         self._watch = Watch(opened.heartbeat)
         self._left_recorded = False
-        self._beating = trio.CancelScope()
-        nursery.start_soon(self._beat)
+        self._working = trio.CancelScope()
+        nursery.start_soon(self._work)
 
     @classmethod
     async def open(cls, path: str, nursery: trio.Nursery, listener: Listener) -> StateDirectory:
@@ -379,21 +379,26 @@ class StateDirectory:
         pending = Pending(change)
         return await self._bounded.do(lambda: self._environment.commits.commit(pending))
 
+    async def _work(self) -> None:
+        with self._working:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.commits.keep_short)
+                nursery.start_soon(self._beat)
+
     async def _beat(self) -> None:
         """Note the time, and store what is due."""
-        with self._beating:
-            while True:
-                await trio.sleep(limits.STATE_HEARTBEAT_SECONDS)
-                if not self._left_recorded:
-                    with suppress(OSError):
-                        await self._record_left()
-                if self._attached or self._looks:
-                    self._heartbeat.beat()
-                    self._nursery.start_soon(self._watch.look, tuple(self._attached.values()))
-                for keeper in self._attached.values():
-                    if keeper not in self._looked_after:
-                        self._looked_after.add(keeper)
-                        self._nursery.start_soon(self._look_after, keeper)
+        while True:
+            await trio.sleep(limits.STATE_HEARTBEAT_SECONDS)
+            if not self._left_recorded:
+                with suppress(OSError):
+                    await self._record_left()
+            if self._attached or self._looks:
+                self._heartbeat.beat()
+                self._nursery.start_soon(self._watch.look, tuple(self._attached.values()))
+            for keeper in self._attached.values():
+                if keeper not in self._looked_after:
+                    self._looked_after.add(keeper)
+                    self._nursery.start_soon(self._look_after, keeper)
 
     async def _look_after(self, keeper: KeptImage) -> None:
         try:
@@ -403,6 +408,6 @@ class StateDirectory:
 
     async def close(self) -> None:
         """End the background work and let go of the directory. All nodes are closed."""
-        self._beating.cancel()
+        self._working.cancel()
         await self._watch.end()
         await self._environment.commits.read(lambda _: self._opened.end())
