@@ -43,9 +43,14 @@ def load_images(rows: Iterable[ImageRow], disk: Disk) -> dict[int, ImageRecord]:
         except DamagedError:
             _log.error("the record of image %d is damaged", row.row)
     for image_row, image in _titled(disk).items():
-        if image_row not in images and image.bitmaps:
+        if image_row in images:
+            continue
+        if image.bitmaps:
             _log.error("'%s': the record is lost, so its bitmaps will be all dirty", image.key)
             images[image_row] = msgspec.structs.replace(image, damaged=True)
+        else:
+            # It was forgotten, and the daemon killed right then.
+            marks.delete(disk, image_row)
     return images
 
 
