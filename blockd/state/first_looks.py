@@ -80,6 +80,8 @@ class FirstLooks:
         Those of another opening too, which costs nothing unless the daemon dies before its end:
         then its repair may be taken for a change of others.
         """
+        # What is there by the next opening is not what was there now.
+        self._found.clear()
         taken, self._taken = self._taken, set()
         for row in taken.difference(attached):
             if (image := self._images.get(row)) is not None:

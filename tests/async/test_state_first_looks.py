@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from blockd import limits
-from blockd.block import Node
+from blockd.block import Node, RawDriver
 from blockd.state.disk import HostDisk
 from blockd.state.heartbeat import Heartbeat
 from tests.helpers.patience import PATIENCE_SECONDS
@@ -138,3 +138,23 @@ async def test_a_directory_that_was_full_at_the_start_is_as_good_as_any_later(
     async with daemon(path, image) as second:
         assert dirty(await second.node()) == {1}
         assert second.heard.recovered == []
+
+
+async def test_a_look_counts_for_its_own_opening_only(path: Path, image: Path) -> None:
+    async with daemon(path, image) as first:
+        file = open_node(image)
+        below = Node("below", RawDriver(file, read_only=False))
+        top = Node("top", RawDriver(below, read_only=False))
+        await first.state.attach(top)
+        await first.add(top)
+        await top.write(GRANULE, DATA)
+        async with first.state.closing(top):
+            pass
+        # Such as of a node that is refused, since another one has the file.
+        await first.state.look_at(file)
+        await first.state.opening_ended()
+        os.utime(image, ns=(0, 0))
+        top = Node("top", RawDriver(below, read_only=False))
+        await first.state.look_at(below)
+        await first.state.attach(top)
+        assert first.heard.recovered == [("b", "image-changed")]
