@@ -53,7 +53,9 @@ def find_place(node: Node) -> Place:
                 "kept on files and host devices only, so add it without 'persistent'"
             )
         driver = below.driver
-    return Place(":".join([*shape, driver.name]), os.path.realpath(driver.filename), driver.fd)
+    # A link may lead to a name that is not UTF-8, which no record takes.
+    path = os.fsencode(os.path.realpath(driver.filename)).decode(errors="backslashreplace")
+    return Place(":".join([*shape, driver.name]), path, driver.fd)
 
 
 def identify(fd: int) -> Identity:

@@ -270,3 +270,15 @@ async def test_a_directory_that_can_not_be_used_is_let_go_of(
     with pytest.raises(BlockdError, match="was made by another version of blockd"):
         await StateDirectory.open(str(path), nursery, Heard())
     assert open_files() == before
+
+
+async def test_an_image_whose_real_name_is_not_utf_8(path: Path, tmp_path: Path) -> None:
+    image = tmp_path / "link.img"
+    image.symlink_to(make_image(tmp_path / os.fsdecode(b"\xff.img")))
+    async with daemon(path, image) as first:
+        node = await first.node()
+        await first.add(node)
+        await node.write(GRANULE, DATA)
+        await first.close(node)
+    async with daemon(path, image) as second:
+        assert dirty(await second.node()) == {1}
