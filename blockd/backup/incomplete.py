@@ -40,8 +40,6 @@ class BitmapNeed:
 
     @classmethod
     def of(cls, node: str, bitmap: DirtyBitmap) -> Self:
-        if bitmap.identity is None:
-            bitmap.identity = secrets.token_hex(16)
         return cls(node, bitmap.name, bitmap.identity)
 
 

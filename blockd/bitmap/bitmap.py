@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Protocol, assert_never
 
@@ -119,8 +120,8 @@ class DirtyBitmap:
         #: The place in the node's listing; the newer, the higher.
         self.rank = owner.next_rank()
         self.name = name
-        #: What tells it from any other of its name, once somebody has needed that.
-        self.identity: str | None = None
+        #: What tells it from any other of its name. From the start, so that it is kept with it.
+        self.identity = secrets.token_hex(16)
         #: Whether the bitmap is to outlive the node.
         self.persistent = False
         #: Rises when bits change in another way than by guest writes: then all of them may have.

@@ -186,10 +186,10 @@ def put_in(node: Node, found: Recovered, *, is_another: bool) -> DirtyBitmap | N
         if there.name == name:
             if not isinstance(there.state, Inconsistent) and not is_another:
                 if found.reason is None:
-                    there.identity = found.title.identity
+                    there.identity = found.title.identity or there.identity
                 return None
             node.bitmaps.remove(name)
     state = Recording(found.bits) if found.title.recording else Stopped(found.bits)
     bitmap = node.bitmaps.add_kept(name, state, read_only=False)
-    bitmap.reason, bitmap.identity = found.reason, found.title.identity
+    bitmap.reason, bitmap.identity = found.reason, found.title.identity or bitmap.identity
     return bitmap

@@ -80,7 +80,7 @@ class BitmapTitle(msgspec.Struct, frozen=True):
     name: str
     granularity_bytes: int
     recording: bool
-    #: As ``DirtyBitmap.identity``.
+    #: As ``DirtyBitmap.identity``; one that is ``coming`` has none yet.
     identity: str | None = None
     #: There is none of the name yet, unless the image came to harm: then nobody knows.
     coming: bool = False

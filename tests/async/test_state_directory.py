@@ -12,6 +12,8 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from blockd import limits
+from blockd.backup.incomplete import BitmapNeed
+from blockd.bitmap import Bits, Recording
 from blockd.block import Node
 from blockd.errors import BlockdError
 from blockd.state import StateDirectory, changes
@@ -282,3 +284,17 @@ async def test_an_image_whose_real_name_is_not_utf_8(path: Path, tmp_path: Path)
         await first.close(node)
     async with daemon(path, image) as second:
         assert dirty(await second.node()) == {1}
+
+
+async def test_what_completes_a_target_is_the_same_after_a_kill(path: Path, image: Path) -> None:
+    """Of a bitmap that came from the image, too."""
+    async with daemon(path, image) as first:
+        node = await first.node()
+        bits = Bits(SIZE, GRANULE)
+        bitmap = node.bitmaps.add_kept("b", Recording(bits), read_only=False)
+        assert await first.state.keep(node)
+        need = BitmapNeed.of(node.name, bitmap)
+        path = first.after_kill()
+    async with daemon(path, image) as second:
+        node = await second.node()
+        assert BitmapNeed.of(node.name, node.bitmaps.get("b")) == need

@@ -6,8 +6,6 @@ mark before, and its data may arrive afterwards.
 
 from __future__ import annotations
 
-import secrets
-
 import trio
 
 from blockd.bitmap import Bits, DirtyBitmap, default_granularity_bytes
@@ -101,9 +99,6 @@ def do_add(services: Services, arguments: BlockDirtyBitmapAdd) -> Change:
     granularity_bytes = _check_new(services, node, arguments)
     bitmap = node.bitmaps.add(arguments.name, granularity_bytes, disabled=arguments.disabled)
     bitmap.persistent = arguments.persistent
-    if bitmap.persistent:
-        # Now, so that it is kept with it.
-        bitmap.identity = secrets.token_hex(16)
     return Change(undo=lambda: node.bitmaps.remove(arguments.name))
 
 
