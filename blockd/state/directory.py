@@ -36,7 +36,7 @@ from blockd.state.first_looks import FirstLooks
 from blockd.state.host import Boot
 from blockd.state.kept import Kept
 from blockd.state.kept_image import KeptImage
-from blockd.state.loading import put_in, recover_image, unused_pieces
+from blockd.state.loading import delete_unused_pieces, put_in, recover_image
 from blockd.state.opened import Opened, open_directory
 from blockd.state.places import Place, find_place, identify, shape_of
 from blockd.state.records import Identity, ImageRecord, JobRecord
@@ -114,16 +114,7 @@ class StateDirectory:
         await self.commits.commit(Pending(change))
         self._left_recorded = True
         self._heartbeat.begin(self._images)
-        self._nursery.start_soon(self._delete_unused)
-
-    async def _delete_unused(self) -> None:
-        """Delete pieces that the daemon before this one had no time to make part of a bitmap."""
-        last = self._opened.last_row
-        with suppress(OSError):
-            unused = await self.commits.read(lambda database: unused_pieces(database, last))
-            for at in range(0, len(unused), limits.STATE_DELETE_PIECES):
-                rows = unused[at : at + limits.STATE_DELETE_PIECES]
-                await self.commits.commit(Pending(changes.delete_pieces(rows)))
+        self._nursery.start_soon(delete_unused_pieces, self.commits, self._opened.last_row)
 
     # -- nodes -------------------------------------------------------------------------------
 

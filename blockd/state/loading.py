@@ -13,8 +13,8 @@ import trio
 from blockd import limits
 from blockd.bitmap import Bits, DirtyBitmap, Inconsistent, Recording, Stopped
 from blockd.block import Node
-from blockd.state import marks
-from blockd.state.commits import Commits
+from blockd.state import changes, marks
+from blockd.state.commits import Commits, Pending
 from blockd.state.database import Database, Details, ImageRow
 from blockd.state.disk import Disk
 from blockd.state.records import (
@@ -131,6 +131,15 @@ def _armed(details: Details) -> Sequence[ArmedRow] | None:
         return [unseal(body, ArmedRow) for _, body in details.armed]
     except DamagedError:
         return None
+
+
+async def delete_unused_pieces(commits: Commits, last: int) -> None:
+    """Delete those that the daemon before this one had no time to make part of a bitmap."""
+    with suppress(OSError):
+        unused = await commits.read(partial(unused_pieces, last=last))
+        for at in range(0, len(unused), limits.STATE_DELETE_PIECES):
+            rows = unused[at : at + limits.STATE_DELETE_PIECES]
+            await commits.commit(Pending(changes.delete_pieces(rows)))
 
 
 def unused_pieces(database: Database, last: int) -> Sequence[int]:
