@@ -11,7 +11,7 @@ import msgspec
 import trio
 
 from blockd import limits
-from blockd.bitmap import Bits, DirtyBitmap, Inconsistent, Recording, Stopped
+from blockd.bitmap import Bits, DirtyBitmap, Recording, Stopped
 from blockd.block import Node
 from blockd.state import changes, marks
 from blockd.state.commits import Commits, Pending
@@ -191,13 +191,15 @@ def put_in(node: Node, found: Recovered, *, is_another: bool) -> DirtyBitmap | N
     ``is_another``: the image, so that its own ones are no better.
     """
     name = found.title.name
-    for there in node.bitmaps.list():
-        if there.name == name:
-            if not isinstance(there.state, Inconsistent) and not is_another:
-                if found.reason is None:
-                    there.identity = found.title.identity or there.identity
-                return None
-            node.bitmaps.remove(name)
+    if node.bitmaps.has(name):
+        there = node.bitmaps.get(name)
+        if not there.inconsistent and not is_another:
+            if found.reason is None:
+                there.identity = found.title.identity or there.identity
+            return None
+        # It is not the image that is changed.
+        there.read_only = False
+        node.bitmaps.remove(name)
     state = Recording(found.bits) if found.title.recording else Stopped(found.bits)
     bitmap = node.bitmaps.add_kept(name, state, read_only=False)
     bitmap.reason, bitmap.identity = found.reason, found.title.identity or bitmap.identity

@@ -13,7 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from blockd import limits
 from blockd.backup.incomplete import BitmapNeed
-from blockd.bitmap import Bits, Recording
+from blockd.bitmap import Bits, Inconsistent, Recording
 from blockd.block import Node
 from blockd.errors import BlockdError
 from blockd.state import StateDirectory, changes
@@ -30,6 +30,7 @@ from tests.helpers.state_rig import (
     daemon,
     dirty,
     make_image,
+    open_node,
 )
 
 ALL = set(range(SIZE // GRANULE))
@@ -298,3 +299,21 @@ async def test_what_completes_a_target_is_the_same_after_a_kill(path: Path, imag
     async with daemon(path, image) as second:
         node = await second.node()
         assert BitmapNeed.of(node.name, node.bitmaps.get("b")) == need
+
+
+async def test_what_an_image_is_left_with_goes_where_it_can_not_be_written_to(
+    path: Path, image: Path
+) -> None:
+    """Such as a qcow2 image, which a kill leaves with bitmaps that are in use."""
+    async with daemon(path, image) as first:
+        node = await first.node()
+        await first.add(node)
+        await node.write(GRANULE, DATA)
+        path = first.after_kill()
+    async with daemon(path, image) as second:
+        node = open_node(image)
+        node.read_only = True
+        node.bitmaps.add_kept("b", Inconsistent(Bits(SIZE, GRANULE)), read_only=True)
+        await second.state.attach(node)
+        assert dirty(node) == {1}
+        assert not node.bitmaps.get("b").inconsistent
