@@ -34,13 +34,16 @@ class Arming:
         self._next: _Batch | None = None
 
     async def arm(self, epoch: Epoch, offset: int, length: int) -> None:
-        """Arm the range's regions, in ``epoch`` if it still is one then. Raises ``OSError``."""
+        """Arm the range's regions, in ``epoch`` if it still is one then. Raises ``OSError``.
+
+        May be cancelled: then they are armed, but for who asks again, as for a crash.
+        """
         if self._next is None:
             self._next = self._new_batch(epoch.region_shift)
         batch = self._next
         first, last = offset >> epoch.region_shift, (offset + length - 1) >> epoch.region_shift
         batch.regions.add_range(first, last + 1)
-        await self._environment.commits.commit(batch.pending)
+        await self._environment.commits.commit(batch.pending, shield=False)
         # After the instant of a checkpoint the armed rows of the epoch before it are forgotten.
         now = self._journal.epoch
         if now is not None and now is batch.epoch and now.region_shift == batch.shift:

@@ -69,9 +69,11 @@ class StateDirectory:
         self._looked_after: set[KeptImage] = set()
         self._attaching = trio.Lock()
         #: For measurements.
-        self.commits = commits = Commits(opened.database)
+        self.commits = commits = Commits(opened.database, nursery)
         self._heartbeat = beat = opened.heartbeat
-        self._environment = Environment(disk, commits, opened.rows, boot.boot_id, listener, beat)
+        self._environment = Environment(
+            disk, commits, self._bounded, opened.rows, boot.boot_id, listener, beat
+        )
         self._looks = FirstLooks(self._environment, self._images, boot, self._commit)
         self._watch = Watch(opened.heartbeat)
         self._left_recorded = False

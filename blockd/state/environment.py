@@ -8,6 +8,7 @@ from typing import Protocol
 
 from blockd.bitmap import DirtyBitmap
 from blockd.block import Node
+from blockd.state.bounded import Bounded
 from blockd.state.commits import Commits
 from blockd.state.disk import Disk
 from blockd.state.heartbeat import Heartbeat
@@ -32,6 +33,7 @@ class Environment:
 
     disk: Disk
     commits: Commits
+    bounded: Bounded
     rows: Iterator[int]
     boot_id: str
     listener: Listener

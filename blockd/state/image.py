@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from weakref import WeakKeyDictionary
 
@@ -78,18 +80,32 @@ class StoredImage:
     # -- what writes wait for ----------------------------------------------------------------
 
     async def _prepare(self, offset: int, length: int) -> None:
-        """Do one of the things that the range's notes wait for. It never raises ``OSError``."""
+        """Do one of the things that the range's notes wait for. It never raises ``OSError``.
+
+        Whoever waits may be cancelled, since the disk may hang; what he waits for goes on.
+        """
+        error, epoch = self.journal.mark_error, self._covering(offset + length)
+        if self._sound and error is None and epoch is not None:
+            try:
+                if not self.journal.is_armed(offset, length):
+                    await self._arming.arm(epoch, offset, length)
+                return
+            except OSError as failed:
+                error = failed
+        work = partial(self._make_ready, offset + length, error)
+        await self._environment.bounded.do(work, math.inf)
+
+    async def _make_ready(self, end: int, error: OSError | None) -> None:
+        """For writes up to ``end``; ``error``: why they can't be noted as it is."""
         try:
-            if self.journal.mark_error is not None:
-                raise self.journal.mark_error
-            if not self._sound:
+            if error is not None:
+                raise error
+            if self._sound:
+                await self._begin_for(end)
+            else:
                 await self.checkpoint()
-            elif (epoch := self._covering(offset + length)) is None:
-                await self._begin_for(offset + length)
-            elif not self.journal.is_armed(offset, length):
-                await self._arming.arm(epoch, offset, length)
-        except OSError as error:
-            await self._give_up(error)
+        except OSError as problem:
+            await self._give_up(problem)
 
     def _covering(self, end: int) -> Epoch | None:
         """The epoch, if there is one which was made for so large an image."""
@@ -98,7 +114,9 @@ class StoredImage:
 
     async def _begin_for(self, end: int) -> None:
         async with self._changing:
-            if self._covering(end) is None and not self.journal.lost:
+            # The write may have gone, and its node be about to close.
+            gone = self._closing or self.node.read_only
+            if self._covering(end) is None and not (self.journal.lost or gone):
                 await end_epoch(self._begin(await self._make_epoch()))
 
     async def _give_up(self, error: OSError) -> None:

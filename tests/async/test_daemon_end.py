@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -19,48 +18,11 @@ from blockd import daemon, limits
 from blockd.job import Jobs
 from blockd.systemd import ServiceManager
 from tests.helpers.patience import PATIENCE_SECONDS
+from tests.helpers.qmp_in_loop import Client
 
 CONTENT = b"c" * 64 * 1024
 
 #: Longer than all takes, so that it only bounds a hang.
-
-
-class Client:
-    """A QMP client in the daemon's own loop."""
-
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self._stream = stream
-        self._buffer = b""
-
-    async def send(self, command: str, **arguments: Any) -> None:
-        """Members' names are written with ``_`` for ``-``."""
-        sent = {member.replace("_", "-"): value for member, value in arguments.items()}
-        await self._stream.send_all(json.dumps({"execute": command, "arguments": sent}).encode())
-
-    async def answer(self) -> dict[str, Any] | None:
-        """The next answer, or None at the connection's end; events are left out."""
-        while True:
-            while b"\n" not in self._buffer:
-                data = await self._receive()
-                if not data:
-                    return None
-                self._buffer += data
-            line, self._buffer = self._buffer.split(b"\n", 1)
-            message: dict[str, Any] = json.loads(line)
-            if "return" in message or "error" in message:
-                return message
-
-    async def _receive(self) -> bytes:
-        try:
-            return bytes(await self._stream.receive_some(65536))
-        except trio.BrokenResourceError:
-            return b""
-
-    async def execute(self, command: str, **arguments: Any) -> Any:
-        await self.send(command, **arguments)
-        answer = await self.answer()
-        assert answer is not None
-        return answer["return"]
 
 
 class Running:
@@ -75,21 +37,21 @@ class Running:
         self.ended = trio.Event()
         #: The ids of the jobs that began after the end had begun.
         self.late_jobs: list[str] = []
-        self._streams: list[trio.SocketStream] = []
+        self._clients: list[Client] = []
 
     async def run(self) -> None:
         await daemon.run(str(self.directory / "qmp.sock"))
         self.ended.set()
 
     async def client(self) -> Client:
-        self._streams.append(await trio.open_unix_socket(str(self.directory / "qmp.sock")))
-        client = Client(self._streams[-1])
+        client = Client(await trio.open_unix_socket(str(self.directory / "qmp.sock")))
+        self._clients.append(client)
         await client.execute("qmp_capabilities")
         return client
 
     def close_clients(self) -> None:
-        for stream in self._streams:
-            stream.socket.close()
+        for client in self._clients:
+            client.close()
 
 
 def hold_the_end(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
