@@ -16,7 +16,7 @@ import trio
 from pyroaring import BitMap64
 
 from blockd import limits
-from blockd.bitmap import DirtyBitmap, Inconsistent, Reason
+from blockd.bitmap import DirtyBitmap, Reason
 from blockd.block import Node
 from blockd.state import changes, marks
 from blockd.state.arming import Arming
@@ -188,11 +188,7 @@ class StoredImage:
         return ended
 
     def _persistent(self) -> Sequence[DirtyBitmap]:
-        return [
-            bitmap
-            for bitmap in self.node.bitmaps.list()
-            if bitmap.persistent and not isinstance(bitmap.state, Inconsistent)
-        ]
+        return [bitmap for bitmap in self.node.bitmaps.kept() if not bitmap.inconsistent]
 
     def _title(self, bitmap: DirtyBitmap) -> BitmapTitle:
         kept = self._kept.get(bitmap)
@@ -310,6 +306,7 @@ class StoredImage:
 
         ``there``: the bitmaps at the instant. ``armed``: what was, and so may be written to since.
         """
+        there = set(there)
         kept = KeptBitmaps((each, old) for each, old in self._kept.items() if each in there)
         new = []
         for storing in storings:
