@@ -62,6 +62,8 @@ class StateDirectory:
         self._opened = opened
         self._images = opened.images
         self._unfinished_jobs = opened.jobs
+        #: Of these, which no new one has taken the place of.
+        self._left_jobs = {job_id for job_id, _ in opened.jobs}
         self._attached: dict[Node, KeptImage] = {}
         #: For what began before, and ends late.
         self._closed: WeakSet[Node] = WeakSet()
@@ -111,8 +113,8 @@ class StateDirectory:
         """Raises ``OSError``: then it is to be tried again."""
         attached = self._attached_rows()
         unused = [image for image in self._images.values() if image.row not in attached]
-        jobs = [job_id for job_id, _ in self._unfinished_jobs]
-        change = changes.all_of(*map(changes.put_image, unused), changes.forget_jobs(jobs))
+        forget = changes.forget_jobs(tuple(self._left_jobs))
+        change = changes.all_of(*map(changes.put_image, unused), forget)
         await self.commits.commit(Pending(change))
         self._left_recorded = True
         self._heartbeat.begin(self._images)
@@ -353,6 +355,7 @@ class StateDirectory:
 
     async def record_job(self, job_id: str, facts: Mapping[str, str]) -> None:
         """Keep what is to be known of a job if the daemon dies; as bounded as ``keep``."""
+        self._left_jobs.discard(job_id)
         await self._commit(changes.put_job(job_id, JobRecord(dict(facts))))
 
     async def forget_job(self, job_id: str) -> None:

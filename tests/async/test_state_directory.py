@@ -27,6 +27,7 @@ from tests.helpers.state_rig import (
     SIZE,
     Daemon,
     Heard,
+    Room,
     daemon,
     dirty,
     make_image,
@@ -307,3 +308,19 @@ async def test_what_an_image_is_left_with_goes_where_it_can_not_be_written_to(
         await second.state.attach(node)
         assert dirty(node) == {1}
         assert not node.bitmaps.get("b").inconsistent
+
+
+async def test_a_job_is_not_taken_for_one_of_the_daemon_before(path: Path, image: Path) -> None:
+    """Where it could not be recorded at the start that those have been told of."""
+    room = Room()
+    async with daemon(path, image) as first:
+        await first.state.record_job("job", {"node": "before"})
+        path = first.after_kill()
+    room.none = True
+    async with daemon(path, image, before_commit=room.check) as second:
+        room.none = False
+        await second.state.record_job("job", {"node": "after"})
+        await second.state._record_left()
+        path = second.after_kill()
+    async with daemon(path, image) as third:
+        assert third.state.unfinished_jobs == [("job", {"node": "after"})]
