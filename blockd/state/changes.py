@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from blockd.state.records import ArmedRow, BitmapRecord, ImageRecord, JobRecord, seal
 
@@ -69,14 +69,18 @@ def delete_pieces(rows: Sequence[int]) -> Apply:
     return apply
 
 
-def put_bitmaps(image: int, bitmaps: Sequence[BitmapRecord], gone: Sequence[BitmapRecord]) -> Apply:
-    """Keep these records, and forget those of ``gone``."""
+def put_bitmaps(image: int, bitmaps: Sequence[BitmapRecord], rows: Collection[int]) -> Apply:
+    """Keep these records, and forget all of the image's that are not in ``rows``.
+
+    Among those are such as were of no use when the image was opened.
+    """
 
     def apply(connection: sqlite3.Connection) -> None:
         # Made here and not before, since it takes the loop milliseconds.
-        rows = [(bitmap.title.row, image, seal(bitmap)) for bitmap in bitmaps]
-        connection.executemany("INSERT OR REPLACE INTO bitmap VALUES (?, ?, ?)", rows)
-        forgotten = [(bitmap.title.row,) for bitmap in gone]
+        new = [(bitmap.title.row, image, seal(bitmap)) for bitmap in bitmaps]
+        connection.executemany("INSERT OR REPLACE INTO bitmap VALUES (?, ?, ?)", new)
+        there = connection.execute("SELECT id FROM bitmap WHERE image = ?", (image,)).fetchall()
+        forgotten = [(row,) for (row,) in there if row not in rows]
         connection.executemany("DELETE FROM bitmap WHERE id = ?", forgotten)
 
     return apply

@@ -313,12 +313,12 @@ class StoredImage:
             pieces = tuple(storing.pieces[window] for window in sorted(storing.pieces))
             new.append(msgspec.structs.replace(storing.record, pieces=pieces))
             kept[storing.bitmap] = Kept(new[-1], storing.version, storing.gains)
-        gone = [old.record for bitmap, old in self._kept.items() if bitmap not in kept]
+        rows = {each.record.title.row for each in kept.values()}
         image = msgspec.structs.replace(
             self.record if self._sound else self._opened,
             bitmaps=self.coming.beside([each.record.title for each in kept.values()]),
         )
-        steps = [changes.put_bitmaps(image.row, new, gone)]
+        steps = [changes.put_bitmaps(image.row, new, rows)]
         if size_bytes is not None:
             image = msgspec.structs.replace(image, size_bytes=size_bytes, since=armed.epoch)
             steps.append(changes.disarm(image.row, armed.epoch))

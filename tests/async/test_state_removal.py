@@ -142,3 +142,23 @@ async def test_one_that_is_gone_takes_no_memory(tmp_path: Path) -> None:
         assert await one.state.keep(node)
         gc.collect()
         assert gone() is None
+
+
+async def test_one_that_was_of_no_use_any_more_takes_no_room(tmp_path: Path) -> None:
+    """What is stored of a bitmap is given up with it where the image was changed by others."""
+    path, image = tmp_path / "state", make_image(tmp_path / "disk.img")
+    async with daemon(path, image) as one:
+        node = await one.node()
+        await one.add(node)
+        await node.write(GRANULE, DATA)
+        await one.close(node)
+    for number in range(3):
+        os.utime(image, (number, number))
+        async with daemon(path, image) as two:
+            node = await two.node()
+            assert [reason for _, reason in two.heard.recovered] == ["image-changed"]
+            await node.write(GRANULE, DATA)
+            await two.close(node)
+    async with daemon(path, image) as three:
+        records = await three.state.commits.read(lambda database: database.bitmaps())
+    assert len(records) == 1
