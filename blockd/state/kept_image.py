@@ -73,7 +73,7 @@ class KeptImage(StoredImage):
                 with suppress(OSError):
                     _, fd = hold_place(self.node)
             yield
-            if stored and fd is not None:
+            if stored and fd is not None and not self._written_since():
                 await self._record_closed(fd)
                 stored = False
         finally:
@@ -108,6 +108,11 @@ class KeptImage(StoredImage):
         """Whether nothing was written to the image since all was stored."""
         epoch = self.journal.epoch
         return epoch is not None and not (epoch.regions or self._unstored or self._scan_all)
+
+    def _written_since(self) -> bool:
+        """Whether anything was noted after the last checkpoint: nothing should have been."""
+        epoch = self.journal.epoch
+        return epoch is not None and bool(epoch.regions)
 
     async def _record_closed(self, fd: int) -> None:
         try:

@@ -178,6 +178,17 @@ async def test_an_image_that_was_not_closed_well_is_kept_again(path: Path, image
             assert dirty(await second.node()) == {1}
 
 
+async def test_a_write_after_the_last_checkpoint_is_not_forgotten(path: Path, image: Path) -> None:
+    async with daemon(path, image) as first:
+        node = await first.node()
+        await first.add(node)
+        await node.write(0, DATA)
+        async with first.state.closing(node):
+            await node.write(GRANULE, DATA)
+            await node.driver.close()
+        assert dirty(await first.node()) == ALL
+
+
 async def test_an_image_that_was_renamed_is_found(path: Path, image: Path) -> None:
     async with daemon(path, image) as first:
         node = await first.node()
