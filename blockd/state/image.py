@@ -130,9 +130,14 @@ class StoredImage:
             if self.journal.epoch is epoch:
                 self.journal.give_up()
 
+    @property
+    def lacks(self) -> bool:
+        """Whether a crash would make a bitmap lack anything."""
+        return any(map(self._kept.lacks, self._persistent()))
+
     async def give_up_storing(self) -> None:
         """The bitmaps are not stored in time: return once no crash makes one lack anything."""
-        if any(map(self._kept.lacks, self._persistent())):
+        if self.lacks:
             await self._give_up(OSError(errno.ETIMEDOUT, "it does not answer"))
 
     async def _poison(self, error: OSError) -> None:

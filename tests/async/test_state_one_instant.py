@@ -99,3 +99,28 @@ async def test_no_kill_finds_half_of_a_transaction(
             node = await two.node()
             there = {bitmap.name: dirty(node, bitmap.name) for bitmap in node.bitmaps.list()}
             assert 2 in there["f"] | there.get("l", set()), (state.name, there)
+
+
+async def test_what_another_node_takes_over_is_stored_there_first(tmp_path: Path) -> None:
+    image, other_image = (make_image(tmp_path / name) for name in ("disk.img", "other.img"))
+    killed: list[Path] = []
+    noting = False
+
+    def before_commit() -> None:
+        if noting:
+            killed.append(one.after_kill())
+
+    async with daemon(tmp_path / "state", image, before_commit=before_commit) as one:
+        node, other = await one.node(), await one.node(other_image, name="other")
+        gives, takes = await one.add(node, "gives"), await one.add(other, "takes")
+        await node.write(2 * GRANULE, DATA)
+        takes.merge_from([gives.usable_bits()])
+        gives.clear()
+        noting = True
+        assert await one.state.keep(node)
+        killed.append(one.after_kill())
+        noting = False
+    for state in killed:
+        async with daemon(state, image) as two:
+            node, other = await two.node(), await two.node(other_image, name="other")
+            assert 2 in dirty(node, "gives") | dirty(other, "takes"), state.name
