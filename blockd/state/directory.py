@@ -268,12 +268,7 @@ class StateDirectory:
             has_any = not all(bitmap.inconsistent for bitmap in node.bitmaps.kept())
             keeper = await self._keeper(node, adopt=has_any)
             if keeper is not None:
-                for other in tuple(self._attached.values()):
-                    # It may have taken over what this one is about to forget.
-                    if other is not keeper and other.lacks and not other.losses.failed:
-                        with suppress(OSError):
-                            await other.keep()
-                await keeper.keep()
+                await keeper.keep(after=tuple(self._attached.values()))
 
         if await self._bounded.do(store):
             return True

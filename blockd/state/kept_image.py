@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import msgspec
@@ -27,8 +27,15 @@ class KeptImage(StoredImage):
         if self.node.read_only:
             self._known = identity
 
-    async def keep(self) -> None:
-        """As ``StateDirectory.keep``. Raises ``OSError``."""
+    async def keep(self, *, after: Sequence[KeptImage] = ()) -> None:
+        """As ``StateDirectory.keep``. Raises ``OSError``.
+
+        What those of ``after`` lack is stored before: they may have taken it over from this one.
+        """
+        for other in after:
+            if other is not self and other.lacks and not other.losses.failed:
+                with suppress(OSError):
+                    await other.keep()
         if not self.node.read_only:
             await self.checkpoint(whole=False)
         elif self._owes():
