@@ -16,6 +16,8 @@ def tell_recovered(bus: Bus, node_name: str, bitmap: DirtyBitmap, reason: Reason
         what, way_out = "inconsistent", "remove it, and do a full backup with a new one"
     else:
         what, way_out = "all dirty", "the next backup with it copies everything"
+        if reason is Reason.SIZE_CHANGED:
+            way_out += ", to a target of the new size"
     log.warning(
         "bitmap '%s' of node '%s' is %s: %s; %s",
         bitmap.name,

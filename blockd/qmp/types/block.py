@@ -151,10 +151,11 @@ class BlockDirtyInfo(Object, kw_only=True):
 
     ``reason``: why it is other than it was, until it is cleared, or a backup by it succeeds.
     ``image-changed``: the image was written to, or replaced, without blockd; or an audit found so.
-    ``size-changed``: it was given another size. ``state-damaged``: what was kept of the bitmap is
-    damaged, or could not be written. After these everything is dirty, and the next backup by it
-    copies everything. ``crash-unrecoverable``: after a crash nobody knows what is dirty, so it is
-    inconsistent, as where a qcow2 image alone kept it; remove it, and do a full backup.
+    ``size-changed``: it was given another size, which the target then needs too.
+    ``state-damaged``: what was kept of the bitmap is damaged, or could not be written. After these
+    everything is dirty, and the next backup by it copies everything. ``crash-unrecoverable``: after
+    a crash nobody knows what is dirty, so it is inconsistent, as where a qcow2 image alone kept it;
+    remove it, and do a full backup.
     """
 
     name: str | None = None
