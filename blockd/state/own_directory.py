@@ -14,10 +14,15 @@ def make_own(path: str) -> None:
     """Make it durably, for this user alone; or see that nobody else may write to the one there.
 
     One that others may list is left as it is: what is in it they can't read. Raises
-    ``BlockdError`` where others may write, and ``OSError``.
+    ``BlockdError`` where others may write or it is none, and ``OSError``.
     """
     made = _missing(path)
-    os.makedirs(path, mode=0o700, exist_ok=True)
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+    except FileExistsError:
+        raise BlockdError(
+            f"'{path}' is not a directory: name one, or what can be made as one"
+        ) from None
     for each in made:
         _sync(os.path.dirname(each))
     status = os.stat(path)

@@ -32,6 +32,19 @@ async def test_it_is_made_for_its_user_alone(tmp_path: Path, nursery: trio.Nurse
     assert set(inside.values()) == {0o600}
 
 
+@pytest.mark.parametrize("points_to", [None, "file"])
+async def test_what_is_no_directory_is_refused(
+    tmp_path: Path, nursery: trio.Nursery, points_to: str | None
+) -> None:
+    """It may be a file, or a link to nothing."""
+    path = tmp_path / "state"
+    path.symlink_to(points_to or "nothing")
+    if points_to is not None:
+        (tmp_path / points_to).touch()
+    with pytest.raises(BlockdError, match=f"'{path}' is not a directory: name one"):
+        await use(path, nursery)
+
+
 async def test_that_it_was_made_is_durable(
     tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
